@@ -1,0 +1,21 @@
+"""What several test files share: one BLAS thread, and the data that lies beside the checkout."""
+
+import os
+
+# With as many threads as cores OpenBLAS collapses as soon as a neighbour holds a core.
+for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+from pathlib import Path
+
+import pytest
+
+ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real data that is not part of the project (OpenAI's files, texts, recorded runs)."""
+    if not ASSETS.is_dir():
+        pytest.skip("needs ../shared/assets, which lies beside the checkout on the project's own machines")
+    return ASSETS
