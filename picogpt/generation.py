@@ -1,0 +1,220 @@
+"""The decode loop: read the prompt, then one token at a time, each step fed with what the last one chose."""
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from picogpt import PicogptError
+from picogpt.cache import JAXCache, KVCache, with_attend
+from picogpt.model import gpt2
+from picogpt.sampling import make_sampler
+
+# An allocation this large, freed at once and never touched, makes glibc keep smaller freed blocks instead of
+# handing them back to the system (mallopt(3), M_MMAP_THRESHOLD, the dynamic threshold). Without it every
+# temporary of a long prompt is paid for again in page faults: a third of the prefill.
+np.empty((32 << 20) - 8192, dtype=np.uint8)
+
+
+class GenerationError(PicogptError):
+    """A prompt that cannot be continued: empty, too long, or with ids that the model does not have."""
+
+
+class Decoder:
+    """A model that remembers: `decoder(ids)` reads more ids, `[n_seq]`, and returns the logits of the token
+    that follows them, `[n_vocab]`. `capacity` is how many it will be given in all."""
+
+    def __init__(self, params, n_head: int, capacity: int):
+        self.n_head, self.position = n_head, 0
+        self.caches = [KVCache(capacity) for _ in params["blocks"]]
+        self.params = with_attend(params, self.caches)
+
+    def __call__(self, ids):
+        start, self.position = self.position, self.position + len(ids)
+        position_ids = np.arange(start, self.position)
+        last = slice(-1, None)
+        return gpt2(ids, **self.params, n_head=self.n_head, position_ids=position_ids, logits_to_keep=last)[0]
+
+    def fork(self) -> "Decoder":
+        """A second decoder that has read the same ids."""
+        twin = Decoder(self.params, self.n_head, 1)
+        twin.position, twin.caches = self.position, [cache.fork() for cache in self.caches]
+        twin.params = with_attend(self.params, twin.caches)
+        return twin
+
+
+class JAXDecoder:
+    """The same for JAX arrays. Each step is one compiled function of arrays, so that a fork is free."""
+
+    def __init__(self, params, n_head: int, capacity: int):
+        self.params, self.n_head, self.position = params, n_head, 0
+        xp = params["wte"].__array_namespace__()
+        shape = n_head, capacity, params["wte"].shape[1] // n_head
+        self.state = [(xp.zeros(shape, params["wte"].dtype),) * 2 for _ in params["blocks"]]
+
+    def __call__(self, ids):
+        start, self.position = self.position, self.position + len(ids)
+        logits, self.state = _jax_step()(np.array(ids), self.params, self.state, start, n_head=self.n_head)
+        return logits
+
+    def fork(self) -> "JAXDecoder":
+        twin = JAXDecoder.__new__(JAXDecoder)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+
+@functools.cache
+def _jax_step():
+    import jax
+
+    def step(ids, params, state, start, n_head):
+        caches = [JAXCache(*keys_and_values, start) for keys_and_values in state]
+        params = with_attend(params, caches)
+        position_ids = start + jax.numpy.arange(len(ids))
+        logits = gpt2(ids, **params, n_head=n_head, position_ids=position_ids, logits_to_keep=slice(-1, None))
+        return logits[0], [cache.state for cache in caches]
+
+    return jax.jit(step, static_argnames="n_head")
+
+
+def generate(
+    inputs: Sequence[int], params: dict[str, Any], n_head: int, n_tokens_to_generate: int, **options: Any
+) -> list[int]:
+    """The article's `generate`: exactly `n_tokens_to_generate` new ids, or fewer if one of `stop_ids` comes
+    first. Greedy unless the options, those of `stream`, say otherwise. `inputs` stays as it is."""
+    return list(stream(inputs, params, n_head, n_tokens_to_generate, **options))
+
+
+def stream(
+    inputs: Sequence[int], params: dict[str, Any], n_head: int, n_tokens_to_generate: int, **options: Any
+) -> Iterator[int]:
+    """Yield the new ids one by one, each as soon as it is chosen. Options:
+
+    temperature, top_k, top_p, seed  how to choose: see `sampling.make_sampler`; greedy by default
+    stop_ids                         ids that end the text; they are not yielded
+    context                          when prompt and new tokens exceed the model's n_ctx positions: "error"
+                                     says by how many, "truncate" keeps the prompt's end, "slide" reads the
+                                     last n_ctx tokens anew at every step that is past the window
+
+    Raises, at the call, GenerationError for a prompt that cannot be continued and SamplingError.
+    """
+    return streams(inputs, params, n_head, n_tokens_to_generate, num_samples=1, **options)[0]
+
+
+def streams(
+    inputs: Sequence[int],
+    params: dict[str, Any],
+    n_head: int,
+    n_tokens_to_generate: int,
+    *,
+    num_samples: int,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_ids: Collection[int] = (),
+    context: str = "error",
+) -> list[Iterator[int]]:
+    """Several continuations of one prompt, which is read once. The i-th draws with seed + i."""
+    n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
+    n = _check_count("n_tokens_to_generate", n_tokens_to_generate, least=0)
+    seeds = [
+        None if seed is None else seed + i for i in range(_check_count("num_samples", num_samples, least=1))
+    ]
+    samplers = [make_sampler(temperature, top_k, top_p, each) for each in seeds]
+    ids = _fit(_check_ids(inputs, n_vocab), n, n_ctx, context)
+    is_numpy = params["wte"].__array_namespace__() is np
+    read = functools.partial(
+        _read, Decoder if is_numpy else JAXDecoder, params, n_head, min(len(ids) + n, n_ctx), n_ctx
+    )
+    prefill = functools.cache(lambda: read(ids))
+
+    def continuation(choose: Callable[..., int]) -> Iterator[int]:
+        if n == 0:
+            return
+        decoder, logits = prefill()
+        if num_samples > 1:
+            decoder = decoder.fork()
+        so_far = list(ids)
+        for remaining in reversed(range(n)):
+            next_id = choose(logits)
+            if next_id in stop_ids:
+                return
+            yield next_id
+            so_far.append(next_id)
+            if not remaining:
+                return
+            # Past the window every token moves one position down, so that nothing remembered is of use.
+            if len(so_far) > n_ctx:
+                _, logits = read(so_far)
+            else:
+                logits = decoder([next_id])
+
+    return [continuation(choose) for choose in samplers]
+
+
+def _read(decoder_class, params, n_head, capacity, n_ctx, ids):
+    """A new decoder that has read the last n_ctx of the ids, and its logits."""
+    decoder = decoder_class(params, n_head, capacity)
+    return decoder, decoder(ids[-n_ctx:])
+
+
+def _check_count(name: str, value: Any, least: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise GenerationError(f"{name} is {value!r}: give a whole number from {least}")
+    return int(value)
+
+
+def _check_ids(inputs: Sequence[int], n_vocab: int) -> list[int]:
+    ids = np.asarray(inputs)
+    if ids.size == 0:
+        raise GenerationError("the prompt is empty: give at least one token, such as <|endoftext|>")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise GenerationError(
+            f"the prompt is an array of {ids.dtype}, shape {ids.shape}: give a list of token ids"
+        )
+    for wrong in ids[(ids < 0) | (ids >= n_vocab)]:
+        raise GenerationError(
+            f"token id {wrong} is not in the model's vocabulary: ids go from 0 to {n_vocab - 1}"
+        )
+    return ids.tolist()
+
+
+def _fit(ids: list[int], n: int, n_ctx: int, context: str) -> list[int]:
+    excess = len(ids) + n - n_ctx
+    if context not in ("error", "truncate", "slide"):
+        raise GenerationError(f'context is {context!r}: give "error", "truncate" or "slide"')
+    if excess <= 0 or context == "slide":
+        return ids
+    total = f"{len(ids)} tokens of prompt and {n} new ones are {excess} more than the model's {n_ctx} positions"
+    if context == "error":
+        raise GenerationError(
+            f'{total}: shorten the prompt, ask for fewer, or set context to "truncate" or "slide"'
+        )
+    if excess >= len(ids):
+        raise GenerationError(
+            f'{total}, and truncating leaves no prompt: ask for fewer, or set context to "slide"'
+        )
+    return ids[excess:]
+
+
+def stream_text(ids: Iterable[int], encoder: Any, stop: Sequence[str] = ()) -> Iterator[str]:
+    """Text as its ids come, in whole characters, up to the first of the stop strings, which is not part of it.
+
+    What may be the beginning of a stop string is held back until the next ids decide.
+    """
+    decoder, held = encoder.stream_decoder(), ""
+    for piece in chain(map(decoder.feed, ids), (decoder.flush() for _ in range(1))):
+        held += piece
+        ends = [held.index(s) for s in stop if s in held]
+        if ends:
+            yield held[: min(ends)]
+            return
+        n_held = max((k for s in stop for k in range(1, len(s)) if held.endswith(s[:k])), default=0)
+        free, held = held[: len(held) - n_held], held[len(held) - n_held :]
+        if free:
+            yield free
+    yield held

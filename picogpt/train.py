@@ -1,0 +1,255 @@
+"""Train a small GPT-2 on a text: `python -m picogpt.train data/tinyshakespeare.txt --output models/mine`.
+
+The loss is the article's, the forward pass is model.py run by JAX, the optimizer is AdamW from optax. The
+vocabulary is byte-level BPE, learned from the training part of the text by the `tokenizers` library. What
+comes out is a model directory in OpenAI's layout. Needs `pip install "picogpt[jax]" tokenizers`.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import trange
+
+from picogpt import PicogptError
+from picogpt.checkpoint import save_checkpoint
+from picogpt.encoder import Encoder, get_encoder
+from picogpt.model import gpt2, with_taps
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def lm_loss(params, inputs, n_head):  # [n_seq + 1] -> []
+    """Mean cross-entropy, in nats a token, of predicting each of the inputs from those before it."""
+    x, y = inputs[:-1], inputs[1:]
+    log_probabilities = jax.nn.log_softmax(gpt2(x, **params, n_head=n_head))
+    return -jnp.take_along_axis(log_probabilities, y[:, None], axis=-1).mean()
+
+
+def dropout(rate: float, key):
+    """A tap that zeroes a share `rate` of the embeddings, the patterns and what each half of a block adds,
+    and scales up the rest: the four places of OpenAI's GPT (Radford et al. 2018, section 4.1)."""
+
+    def tap(name, x):
+        if not name.endswith(("blocks.0.hook_resid_pre", "hook_pattern", "hook_attn_out", "hook_mlp_out")):
+            return x
+        kept = jax.random.bernoulli(jax.random.fold_in(key, crc32(name.encode())), 1 - rate, x.shape)
+        return jnp.where(kept, x / (1 - rate), 0.0)
+
+    return tap
+
+
+def init_params(hparams: dict[str, int], seed: int) -> dict[str, Any]:
+    """Random float32 parameters by OpenAI's rule: normal, standard deviation 0.02 (wpe 0.01), what writes to
+    the residual stream divided by sqrt(2 n_layer) (Radford et al. 2019, section 2.3)."""
+    rng = np.random.default_rng(seed)
+    n_embd, n_layer = hparams["n_embd"], hparams["n_layer"]
+
+    def normal(*shape, std=0.02):
+        return (std * rng.standard_normal(shape)).astype(np.float32)
+
+    def conv1d(n_in, n_out, std=0.02):
+        return {"w": normal(n_in, n_out, std=std), "b": np.zeros(n_out, np.float32)}
+
+    def norm():
+        return {"g": np.ones(n_embd, np.float32), "b": np.zeros(n_embd, np.float32)}
+
+    def block():
+        small = 0.02 / (2 * n_layer) ** 0.5
+        return {
+            "ln_1": norm(),
+            "attn": {"c_attn": conv1d(n_embd, 3 * n_embd), "c_proj": conv1d(n_embd, n_embd, small)},
+            "ln_2": norm(),
+            "mlp": {"c_fc": conv1d(n_embd, 4 * n_embd), "c_proj": conv1d(4 * n_embd, n_embd, small)},
+        }
+
+    return {
+        "wte": normal(hparams["n_vocab"], n_embd),
+        "wpe": normal(hparams["n_ctx"], n_embd, std=0.01),
+        "blocks": [block() for _ in range(n_layer)],
+        "ln_f": norm(),
+    }
+
+
+def train_encoder(text: str, n_vocab: int) -> Encoder:
+    """Byte-level BPE of `n_vocab` tokens: 256 bytes, merges learned from `text`, and `<|endoftext|>` last."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([text], vocab_size=n_vocab - 1, min_frequency=2, show_progress=False)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair.split()) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    return Encoder({**model["vocab"], END_OF_TEXT: len(model["vocab"])}, merges)
+
+
+class Windows:
+    """Batches of n_ctx + 1 ids cut at random places; every batch is a function of (seed, step) alone.
+
+    A window that begins where a speech begins is given `<|endoftext|>` first, so that the model learns to
+    open a text as well as to continue one.
+    """
+
+    def __init__(self, ids: list[int], encoder: Encoder, n_ctx: int, batch_size: int, seed: int):
+        self.ids = np.array(ids, dtype=np.int32)
+        self.n_ctx, self.batch_size, self.seed = n_ctx, batch_size, seed
+        self.end_of_text = encoder.encoder[END_OF_TEXT]
+        newline = encoder.encode("\n\n")[-1]
+        self.openings = np.flatnonzero(self.ids[: -n_ctx - 1] == newline) + 1
+
+    def batch(self, step: int) -> np.ndarray:  # -> [batch_size, n_ctx + 1]
+        rng = np.random.default_rng((self.seed, step))
+        starts = rng.integers(len(self.ids) - self.n_ctx, size=self.batch_size)
+        windows = self.ids[starts[:, None] + np.arange(self.n_ctx + 1)]
+        for row in np.flatnonzero(rng.random(self.batch_size) < 0.1) if len(self.openings) else ():
+            start = rng.choice(self.openings)
+            windows[row] = [self.end_of_text, *self.ids[start : start + self.n_ctx]]
+        return windows
+
+
+def nats_per_character(params, ids: list[int], encoder: Encoder, n_ctx: int, n_head: int) -> float:
+    """Loss on a text that begins with `<|endoftext|>`: whole windows of n_ctx without overlap, the total nats
+    of their predictions over the characters they predict (the rest of the text, under a window, is left out)."""
+    n_windows = len(ids) // n_ctx
+    sequence = np.array([encoder.encoder[END_OF_TEXT], *ids], dtype=np.int32)
+    windows = sequence[np.arange(n_windows)[:, None] * n_ctx + np.arange(n_ctx + 1)]
+    nats = sum(
+        float(_window_losses(params, rows, n_head).sum())
+        for rows in np.array_split(windows, n_windows // 16 + 1)
+    )
+    return nats * n_ctx / len(encoder.decode(ids[: n_windows * n_ctx]))
+
+
+@partial(jax.jit, static_argnames="n_head")
+def _window_losses(params, windows, n_head):  # [n_windows, n_ctx + 1] -> [n_windows]
+    return jax.vmap(lm_loss, in_axes=(None, 0, None))(params, windows, n_head)
+
+
+def make_optimizer(learning_rate: float, weight_decay: float, n_steps: int) -> optax.GradientTransformation:
+    """AdamW with GPT-3's settings (Brown et al. 2020, appendix B): linear warm-up, cosine decay to a tenth,
+    gradients clipped to norm 1, weight decay on matrices only (gains and biases are there to be large)."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, min(100, n_steps // 10), n_steps, end_value=learning_rate / 10
+    )
+    matrices = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=weight_decay, mask=matrices),
+    )
+
+
+def make_step(optimizer: optax.GradientTransformation, n_head: int, dropout_rate: float, average: float):
+    """One jitted update: `(state, windows, key) -> state, loss`. `state["average"]` is the moving average of
+    the parameters, which generalizes better than the last of them (Polyak & Juditsky 1992)."""
+
+    def mean_loss(params, windows, key):
+        def one(window, key):
+            return lm_loss(with_taps(params, dropout(dropout_rate, key)), window, n_head)
+
+        return jax.vmap(one)(windows, jax.random.split(key, len(windows))).mean()
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, windows, key):
+        loss, gradients = jax.value_and_grad(mean_loss)(state["params"], windows, key)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        averaged = jax.tree.map(lambda a, p: average * a + (1 - average) * p, state["average"], params)
+        return {"params": params, "average": averaged, "optimizer": optimizer_state}, loss
+
+    return step
+
+
+def save_state(path: Path, state, **progress) -> None:
+    """Write everything a later run needs to go on, under a temporary name first."""
+    temporary = path.with_suffix(".tmp")
+    leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    with temporary.open("wb") as file:
+        np.savez(file, **leaves, **progress)
+    temporary.replace(path)
+
+
+def load_state(path: Path, state):
+    """The state written by `save_state`, in the shape of `state`, and its progress (a dict of numbers)."""
+    with np.load(path, allow_pickle=False) as file:
+        leaves, tree = jax.tree.flatten(state)
+        saved = [file[f"leaf{i}"] for i in range(len(leaves))]
+        progress = {name: file[name].item() for name in file.files if not name.startswith("leaf")}
+    if [leaf.shape for leaf in saved] != [leaf.shape for leaf in leaves]:
+        raise PicogptError(f"{path} belongs to a model of another shape: delete it or choose another --output")
+    return jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in saved]), progress
+
+
+def train(
+    text: str,
+    output: str,
+    n_vocab: int = 1024,
+    n_ctx: int = 256,
+    n_embd: int = 192,
+    n_head: int = 6,
+    n_layer: int = 5,
+    batch_size: int = 16,
+    n_steps: int = 3000,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.1,
+    dropout_rate: float = 0.2,
+    average: float = 0.99,
+    eval_every: int = 100,
+    patience: int = 10,
+    seed: int = 0,
+) -> float:
+    """Train on the first 90 % of the file `text`, validate on the rest, keep the best model in `output`.
+
+    Stops after `n_steps`, or when `patience` evaluations in a row have not improved. An interrupted run goes
+    on where it was saved last when it is started again. Returns the best loss in nats a character.
+    """
+    directory = Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    state_path = directory / "training_state.npz"
+    characters = Path(text).read_text(encoding="utf-8")
+    border = len(characters) * 9 // 10
+    if state_path.exists():
+        encoder = get_encoder(directory)
+    else:
+        encoder = train_encoder(characters[:border], n_vocab)
+        encoder.save(directory)
+    train_ids, valid_ids = encoder.encode(characters[:border]), encoder.encode(characters[border:])
+    hparams = dict(n_vocab=len(encoder.encoder), n_ctx=n_ctx, n_embd=n_embd, n_head=n_head, n_layer=n_layer)
+
+    windows = Windows(train_ids, encoder, n_ctx, batch_size, seed)
+    optimizer = make_optimizer(learning_rate, weight_decay, n_steps)
+    step = make_step(optimizer, n_head, dropout_rate, average)
+    params = jax.tree.map(jnp.asarray, init_params(hparams, seed))
+    state = {"params": params, "average": jax.tree.map(jnp.copy, params), "optimizer": optimizer.init(params)}
+    progress = {"done": 0, "best": float("inf"), "best_at": 0}
+    if state_path.exists():
+        state, progress = load_state(state_path, state)
+
+    key = jax.random.key(seed, impl="rbg")
+    bar = trange(progress["done"], n_steps, initial=progress["done"], total=n_steps, desc="training")
+    for done in bar:
+        state, loss = step(state, jnp.asarray(windows.batch(done)), jax.random.fold_in(key, done))
+        progress["done"] = done + 1
+        if progress["done"] % eval_every and progress["done"] != n_steps:
+            continue
+        valid = nats_per_character(state["average"], valid_ids, encoder, n_ctx, n_head)
+        if valid < progress["best"]:
+            progress["best"], progress["best_at"] = valid, done + 1
+            save_checkpoint(directory, hparams, state["average"])
+        bar.write(
+            f"step {done + 1}: training {float(loss):.4f} nats a token, validation {valid:.4f} nats a character"
+        )
+        save_state(state_path, state, **progress)
+        if done + 1 - progress["best_at"] >= patience * eval_every:
+            break
+    return progress["best"]
+
+
+if __name__ == "__main__":
+    import fire
+
+    fire.Fire(train)
