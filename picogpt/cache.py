@@ -4,6 +4,8 @@ Attention is the only place where tokens talk, so it is the only place that must
 functions see rows; to them a decode step is a prompt of one row, and a batch is a longer prompt.
 """
 
+from collections.abc import Callable
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -36,30 +38,47 @@ class KVCache:
         self.store: Any = None
 
     def __call__(self, q, k, v, tap=keep):  # [n_head, n_q, d], 2 x [n_head, n_q, d] -> [n_head, n_q, d]
-        start, self.length = self.length, self.length + k.shape[1]
-        if self.store is None or self.length > self.capacity:
-            self._grow(start, k)
+        start = self.length
+        self.reserve(k.shape[1], k)
         self.store[0, :, start : self.length] = k
         self.store[1, :, start : self.length] = v
         keys, values = self.store[:, :, : self.length]
         return causal_attention(q, keys, values, tap)
 
-    def _grow(self, filled, k):
+    def reserve(self, n_rows: int, like) -> None:
+        """Lengthen by `n_rows`, whose content is still to be written, for keys such as `like`."""
+        filled, self.length = self.length, self.length + n_rows
+        if self.store is not None and self.length <= self.capacity:
+            return
         while self.capacity < self.length:
             self.capacity *= 2
-        n_head, _, d = k.shape
+        n_head, _, d = like.shape
         # Rows never written are never touched, so an ample capacity costs address space, not memory.
-        store = np.empty((2, n_head, self.capacity, d), dtype=k.dtype)
+        store = np.empty((2, n_head, self.capacity, d), dtype=like.dtype)
         if self.store is not None:
             store[:, :, :filled] = self.store[:, :, :filled]
         self.store = store
 
+    def part(self, start: int, stop: int, barrier: Barrier) -> Callable[..., Any]:
+        """An `attend` for the thread that owns the reserved rows `start` to `stop`, while others own the rest.
+
+        Rows know nothing of one another but in attention: each thread writes its keys and values, waits at
+        `barrier` until all have, and attends."""
+
+        def attend(q, k, v, tap=keep):  # [n_head, n_q, d], 2 x [n_head, n_q, d] -> [n_head, n_q, d]
+            self.store[0, :, start:stop] = k
+            self.store[1, :, start:stop] = v
+            barrier.wait()
+            keys, values = self.store[:, :, :stop]
+            return causal_attention(q, keys, values, tap)
+
+        return attend
+
     def fork(self) -> "KVCache":
         """A copy that goes its own way: several samples share the work of one prompt."""
         twin = KVCache(self.capacity)
-        twin.length = self.length
         if self.store is not None:
-            twin.store = np.empty_like(self.store)
+            twin.reserve(self.length, self.store[0])
             twin.store[:, :, : self.length] = self.store[:, :, : self.length]
         return twin
 

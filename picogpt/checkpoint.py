@@ -1,9 +1,8 @@
 """A model directory to `encoder, hparams, params`, and back.
 
-Two layouts are read. OpenAI's is a TensorFlow checkpoint with `hparams.json`; Hugging Face's is `config.json` with
-safetensors files, which are the same thing in a simpler coat: 8 bytes with the length of a JSON header, the header
-(name -> dtype, shape, first and last byte), raw numbers. Both become the article's tree of float32 arrays, every
-name, shape and dtype checked against the hyper-parameters; float32 stays in the mapped file, nothing is copied.
+OpenAI's layout is a TensorFlow checkpoint beside `hparams.json` (tensor_bundle.py), Hugging Face's is
+safetensors files beside `config.json` (hugging_face.py). Both become the article's tree of float32 arrays, with
+names, shapes and dtypes checked against the hyper-parameters. The numbers stay in the mapped files until used.
 """
 
 import json
@@ -17,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from picogpt.encoder import Encoder, get_encoder
+from picogpt.hugging_face import hugging_face_name, read_config, read_json, read_safetensors_index
 from picogpt.tensor_bundle import (
-    MAX_INDEX_BYTES,
     CheckpointError,
     Entry,
-    check_entries,
     new_file,
     read_index,
     read_small_file,
@@ -42,43 +40,23 @@ OPENAI_FILES = (
     "model.ckpt.meta",
     "vocab.bpe",
 )
+VOCABULARY_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 
-_GPT2_VOCAB = 50257
+# Far above every GPT-2, and low enough that a damaged number cannot keep us busy.
+_LARGEST = {"n_vocab": 1 << 24, "n_ctx": 1 << 24, "n_embd": 1 << 20, "n_head": 1 << 20, "n_layer": 1 << 12}
 _PREFIX = "model.ckpt"
-_PREVIOUS = "model.ckpt.previous"  # where `save_checkpoint` keeps the old weights until the new ones are whole
-_CONFIG_NAMES = {  # ours -> config.json's
-    "n_vocab": "vocab_size",
-    "n_ctx": "n_positions",
-    "n_embd": "n_embd",
-    "n_head": "n_head",
-    "n_layer": "n_layer",
-}
-# What config.json may say: GPT-2's own first, which is also transformers' default.
-_CONFIG_OF_GPT2: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "pruned_heads": (None, {}),
-    "quantization_config": (None,),
-}
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-Hparams = dict[str, int]
-Params = dict[str, Any]
+_PREVIOUS = "model.ckpt.previous"  # `save_checkpoint` keeps the old weights here until the new ones are whole
 
 
 def load_encoder_hparams_and_params(
     model_size: str = "124M", models_dir: str | Path = "models", *, verify: bool = False
-) -> tuple[Encoder, Hparams, Params]:
-    """Load the model `model_size`: a directory in `models_dir`, or any directory, or "shakespeare".
+) -> tuple[Encoder, dict[str, int], dict[str, Any]]:
+    """Load the model that `model_size` names: a directory in `models_dir`, any other directory, or `EMBEDDED`.
 
-    Returns the encoder; hparams, the ints n_vocab n_ctx n_embd n_head n_layer; and params, the nested dict that
-    `gpt2(inputs, **params, n_head=hparams["n_head"])` takes: float32, read-only, mapped (see `read_tensors`).
-    `verify` compares every tensor of a TensorFlow checkpoint with its CRC; safetensors files carry none.
-    Raises PicogptError for what is missing, damaged, or no GPT-2.
+    Returns the encoder; hparams, the ints n_vocab, n_ctx, n_embd, n_head, n_layer; and params, the nested dict
+    for `gpt2(inputs, **params, n_head=hparams["n_head"])`, float32, read-only, mapped (see `read_tensors`).
+    `verify` compares every tensor of a TensorFlow checkpoint with its CRC; safetensors files have none.
+    Raises PicogptError for what is missing, damaged, or not GPT-2.
     """
     directory = find_model_dir(model_size, models_dir)
     hparams, params = load_hparams_and_params(directory, verify=verify)
@@ -86,17 +64,270 @@ def load_encoder_hparams_and_params(
 
 
 def find_model_dir(model_size: str, models_dir: str | Path = "models") -> Path:
-    """Return the directory that `model_size` names; the error for an unknown one says what to do."""
-    if model_size:
-        package = Path(__file__).parent
-        installed = (package / "models", package.parent / "models") if model_size == EMBEDDED else ()
-        for directory in (Path(models_dir, model_size), Path(model_size), *(d / EMBEDDED for d in installed)):
-            with suppress(OSError, ValueError):  # names too long, or with a zero byte, are unknown names
-                if directory.is_dir():
-                    return directory
+    """Return the directory that `model_size` names. The error for an unknown name says what there is."""
+    candidates = [Path(models_dir, model_size), Path(model_size)] if model_size else []
+    if model_size == EMBEDDED:
+        package = Path(__file__).parent  # the model lies in the package when installed, beside it in a checkout
+        candidates += [package / "models" / EMBEDDED, package.parent / "models" / EMBEDDED]
+    for directory in candidates:
+        with suppress(OSError, ValueError):  # a name that is too long, or has a zero byte in it
+            if directory.is_dir():
+                return directory
     if model_size in OPENAI_SIZES:
-        raise CheckpointError(f"no model {model_size} yet: {_source(Path(models_dir, model_size))}")
+        raise CheckpointError(f"there is no model {model_size} yet: {_cure(Path(models_dir, model_size))}")
+    names = [EMBEDDED, *OPENAI_SIZES]
     with suppress(OSError):
-        found = sorted(path.name for path in Path(models_dir).iterdir() if path.is_dir())
-    known = ", ".join(dict.fromkeys([*found, EMBEDDED, *OPENAI_SIZES]))
-    raise CheckpointError(f"no model {model_size!r}: it is neither a directory nor in {models_dir}; there are {known}")
+        names += sorted(path.name for path in Path(models_dir).iterdir() if path.is_dir())
+    raise CheckpointError(
+        f"there is no model {model_size!r}: it is neither a directory nor one in {str(models_dir)!r}; "
+        f"known are {_listed(list(dict.fromkeys(names)))}"
+    )
+
+
+def load_encoder(directory: Path, hparams: Mapping[str, int]) -> Encoder:
+    """Return the directory's encoder, or GPT-2's own if it has none and n_vocab is GPT-2's."""
+    if any((directory / name).exists() for name in VOCABULARY_FILES):
+        encoder = get_encoder(directory)
+    elif hparams["n_vocab"] == 50257:
+        encoder = get_encoder()
+    else:
+        raise CheckpointError(f"{directory} has no vocabulary: put encoder.json and vocab.bpe there")
+    if encoder.n_vocab > hparams["n_vocab"]:  # fewer is well: vocabularies are padded to round numbers
+        raise CheckpointError(
+            f"{directory}: the vocabulary has {encoder.n_vocab} tokens, the model only {hparams['n_vocab']}: "
+            "they do not belong together"
+        )
+    return encoder
+
+
+def load_hparams_and_params(
+    directory: str | Path, *, verify: bool = False
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Load a model directory without its vocabulary: see `load_encoder_hparams_and_params`."""
+    directory = Path(directory)
+    with reading(directory):
+        hparams, entries = _read_entries(directory)
+    params: dict[str, Any] = {"blocks": [{} for _ in range(hparams["n_layer"])]}
+    for name, tensor in read_tensors(entries, verify=verify).items():
+        _, *branches, leaf = name.split("/")  # "model/h0/attn/c_attn/w"
+        node = params
+        for key in branches:
+            node = params["blocks"][int(key[1:])] if re.fullmatch(r"h\d+", key) else node.setdefault(key, {})
+        node[leaf] = tensor
+    return hparams, params
+
+
+def parameter_shapes(hparams: Mapping[str, int], *, lm_head: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by OpenAI's name; `lm_head` is there if it is not `wte` itself.
+
+    The only statement of what a GPT-2 consists of: reading, checking and saving all ask here.
+    """
+    n_vocab, n_ctx, n_embd = hparams["n_vocab"], hparams["n_ctx"], hparams["n_embd"]
+    block = {
+        "ln_1/g": (n_embd,),
+        "ln_1/b": (n_embd,),
+        "attn/c_attn/w": (n_embd, 3 * n_embd),
+        "attn/c_attn/b": (3 * n_embd,),
+        "attn/c_proj/w": (n_embd, n_embd),
+        "attn/c_proj/b": (n_embd,),
+        "ln_2/g": (n_embd,),
+        "ln_2/b": (n_embd,),
+        "mlp/c_fc/w": (n_embd, 4 * n_embd),
+        "mlp/c_fc/b": (4 * n_embd,),
+        "mlp/c_proj/w": (4 * n_embd, n_embd),
+        "mlp/c_proj/b": (n_embd,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model/wte": (n_vocab, n_embd), "model/wpe": (n_ctx, n_embd)}
+    for i in range(hparams["n_layer"]):
+        shapes |= {f"model/h{i}/{name}": shape for name, shape in block.items()}
+    shapes |= {"model/ln_f/g": (n_embd,), "model/ln_f/b": (n_embd,)}
+    return shapes | ({"model/lm_head": (n_vocab, n_embd)} if lm_head else {})
+
+
+def shape_tree(tree: Any) -> Any:
+    """Return the tree with each array replaced by its shape as a list, as the article prints it."""
+    if isinstance(tree, Mapping):
+        return {key: shape_tree(branch) for key, branch in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [shape_tree(branch) for branch in tree]
+    return list(tree.shape)
+
+
+def save_checkpoint(directory: str | Path, hparams: Mapping[str, int], params: Mapping[str, Any]) -> None:
+    """Write `checkpoint`, `hparams.json` and `model.ckpt.{index,data-00000-of-00001}` as OpenAI's are.
+
+    params holds NumPy or JAX arrays of float32, or of float16 or bfloat16, which float32 holds exactly: what is
+    saved is what is loaded, bit for bit. float64 is refused (`.astype(np.float32)` is the caller's to decide).
+    An `lm_head` of its own becomes `model/lm_head`. There is no `model.ckpt.meta`: that is TensorFlow's graph,
+    which reading weights does not need. The vocabulary is the caller's to write.
+
+    Nothing is written unless every name, shape and dtype is right. Whenever it is interrupted, the directory
+    holds the old checkpoint or the new one, or none if there was none: the file `checkpoint` is replaced last,
+    and until then points to the old weights, which wait under another prefix. (If the hyper-parameters change,
+    it is removed just before `hparams.json` is replaced: there may be no checkpoint, but never a mixed one.)
+    """
+    directory = Path(directory)
+    hparams = _check_hparams("hparams", hparams)
+    tensors = _tensors_to_save(hparams, params)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / "checkpoint").exists() and _current_prefix(directory) == _PREFIX:
+            _set_aside(directory)
+        write_bundle(directory / _PREFIX, tensors)
+        text = json.dumps(hparams, indent=2).encode() + b"\n"
+        path = directory / "hparams.json"
+        # Left in reverse order: `checkpoint` is replaced last.
+        with new_file(directory / "checkpoint") as pointer, new_file(path) as file:
+            file.write(text)
+            pointer.write(_pointer_to(_PREFIX))
+            if not path.exists() or path.read_bytes() != text:  # they must not meet the old weights
+                (directory / "checkpoint").unlink(missing_ok=True)
+        for second_name in directory.glob(f"{_PREVIOUS}.*"):
+            second_name.unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot save to {directory}: {error.strerror or error}") from error
+
+
+def _tensors_to_save(hparams: Mapping[str, int], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the checked leaves of params as float32 by OpenAI's names, kernels as [1, in, out]."""
+    leaves: dict[str, Any] = {}
+
+    def visit(node: Any, path: str) -> None:
+        if isinstance(node, Mapping):
+            for key, child in node.items():
+                visit(child, f"{path}/{key}")
+        elif isinstance(node, list | tuple):
+            for i, child in enumerate(node):
+                visit(child, f"{path.removesuffix('/blocks')}/h{i}")
+        else:
+            leaves[path] = node
+
+    visit(params, "model")
+    found = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in leaves.items()}
+    _check_shapes("params", found, parameter_shapes(hparams, lm_head="model/lm_head" in leaves))
+    for name, leaf in leaves.items():
+        if str(getattr(leaf, "dtype", type(leaf))) not in ("float32", "float16", "bfloat16"):
+            raise CheckpointError(f"params: {name} is {getattr(leaf, 'dtype', type(leaf))}: make it float32")
+    arrays = {name: np.asarray(leaf).astype(np.float32, copy=False) for name, leaf in leaves.items()}
+    return {name: array.reshape(_stored(name, array.shape)) for name, array in arrays.items()}
+
+
+def _check_hparams(where: str | Path, hparams: Mapping[str, Any]) -> dict[str, int]:
+    """Return the five hyper-parameters; others, such as a rate of dropout, do not touch the forward pass."""
+    checked = {}
+    for name, most in _LARGEST.items():
+        value = hparams.get(name)
+        if type(value) is not int or not 0 < value <= most:
+            raise CheckpointError(f"{where}: {name} is {value!r:.40}, not a whole number from 1 to {most}")
+        checked[name] = value
+    if checked["n_embd"] % checked["n_head"]:
+        raise CheckpointError(
+            f"{where}: n_embd {checked['n_embd']} cannot be shared out to n_head {checked['n_head']}"
+        )
+    return checked
+
+
+def _read_entries(directory: Path) -> tuple[dict[str, int], dict[str, Entry]]:
+    if (directory / "hparams.json").exists():
+        hparams = _check_hparams(directory / "hparams.json", read_json(directory / "hparams.json"))
+        return hparams, _openai_entries(directory, hparams)
+    if (directory / "config.json").exists():
+        config, tied = read_config(directory / "config.json")
+        hparams = _check_hparams(directory / "config.json", config)
+        return hparams, _hugging_face_entries(directory, hparams, tied)
+    raise CheckpointError(f"{directory} has neither hparams.json nor config.json: {_cure(directory)}")
+
+
+def _openai_entries(directory: Path, hparams: Mapping[str, int]) -> dict[str, Entry]:
+    """Return the checked entries of a TensorFlow checkpoint, its [1, in, out] kernels as [in, out]."""
+    if not (directory / "checkpoint").exists():
+        raise CheckpointError(
+            f"{directory} has no file 'checkpoint', which names the others: {_cure(directory)}"
+        )
+    entries = read_index(directory / _current_prefix(directory))
+    shapes = parameter_shapes(hparams, lm_head="model/lm_head" in entries)
+    stored = {name: _stored(name, shape) for name, shape in shapes.items()}
+    _check_shapes(directory, {name: entry.shape for name, entry in entries.items()}, stored)
+    return {name: entries[name]._replace(shape=shape) for name, shape in shapes.items()}
+
+
+def _hugging_face_entries(directory: Path, hparams: Mapping[str, int], tied: bool) -> dict[str, Entry]:
+    """Return the checked entries of safetensors files by OpenAI's names."""
+    entries = read_safetensors_index(directory)
+    shapes = parameter_shapes(hparams, lm_head="lm_head.weight" in entries or not tied)
+    theirs = {name: hugging_face_name(name) for name in shapes}
+    found = {name: entry.shape for name, entry in entries.items()}
+    _check_shapes(directory, found, {theirs[name]: shape for name, shape in shapes.items()})
+    ours = {name: entries[theirs[name]] for name in shapes}
+    # transformers, too, ties the two only if they are equal.
+    if tied and "model/lm_head" in ours and _equal(ours["model/wte"], ours["model/lm_head"]):
+        del ours["model/lm_head"]
+    return ours
+
+
+def _equal(a: Entry, b: Entry) -> bool:
+    tensors = read_tensors({"a": a, "b": b})
+    blocks = range(0, len(tensors["a"]), 1024)  # no memory, and an early end when they differ
+    return all(np.array_equal(tensors["a"][at : at + 1024], tensors["b"][at : at + 1024]) for at in blocks)
+
+
+def _stored(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that OpenAI's file has: kernels are those of a convolution of width 1."""
+    return (1, *shape) if name.endswith("/w") else shape
+
+
+def _check_shapes(
+    where: str | Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError with the names of all tensors that are missing, unexpected or of a wrong shape."""
+    wrong = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "wrong shape": wrong,
+    }
+    if said := "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names):
+        raise CheckpointError(f"{where}: the tensors are not those of its hyper-parameters; {said}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _cure(directory: Path) -> str:
+    """Return what to do about a model that is not there, or not whole."""
+    if directory.name not in OPENAI_SIZES:
+        return f"put a model into {directory}, in OpenAI's layout or Hugging Face's"
+    return f"fetch {' '.join(OPENAI_FILES)} from {OPENAI_URL}/{directory.name}/ into {directory}"
+
+
+def _current_prefix(directory: Path) -> str:
+    """Return the prefix of the checkpoint's files, as the file `checkpoint` has it, without any directory."""
+    path = directory / "checkpoint"
+    with reading(path):
+        match = re.search(r'^model_checkpoint_path: *"(.*)" *$', read_small_file(path).decode(), re.MULTILINE)
+        name = re.split(r"[/\\]", match[1])[-1] if match else ""
+        if not name.isprintable() or not name:
+            raise ValueError("no model_checkpoint_path in it: not TensorFlow's file of that name")
+    return name
+
+
+def _pointer_to(prefix: str) -> bytes:
+    return f'model_checkpoint_path: "{prefix}"\nall_model_checkpoint_paths: "{prefix}"\n'.encode()
+
+
+def _set_aside(directory: Path) -> None:
+    """Give the checkpoint's files second names, and make `checkpoint` point to those."""
+    for path in [*directory.glob(f"{_PREFIX}.index"), *directory.glob(f"{_PREFIX}.data-?????-of-?????")]:
+        link = directory / (_PREVIOUS + path.name.removeprefix(_PREFIX))
+        link.unlink(missing_ok=True)
+        try:
+            link.hardlink_to(path)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, link)
+    with new_file(directory / "checkpoint") as pointer:
+        pointer.write(_pointer_to(_PREVIOUS))

@@ -2,8 +2,10 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import chain, pairwise
 from numbers import Integral
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from picogpt.sampling import make_sampler
 # temporary of a long prompt is paid for again in page faults: a third of the prefill.
 np.empty((32 << 20) - 8192, dtype=np.uint8)
 
+WORTH_THREADS = 192  # prompts of as many tokens gain by being shared among threads
+
 
 class GenerationError(PicogptError):
     """A prompt that cannot be continued: empty, too long, or with ids that the model does not have."""
@@ -28,22 +32,63 @@ class Decoder:
     that follows them, `[n_vocab]`. `capacity` is how many it will be given in all."""
 
     def __init__(self, params, n_head: int, capacity: int):
-        self.n_head, self.position = n_head, 0
+        self.params, self.n_head, self.position = params, n_head, 0
         self.caches = [KVCache(capacity) for _ in params["blocks"]]
-        self.params = with_attend(params, self.caches)
 
     def __call__(self, ids):
         start, self.position = self.position, self.position + len(ids)
-        position_ids = np.arange(start, self.position)
-        last = slice(-1, None)
-        return gpt2(ids, **self.params, n_head=self.n_head, position_ids=position_ids, logits_to_keep=last)[0]
+        n_threads = _blas_threads() if len(ids) >= WORTH_THREADS else 1
+        if n_threads == 1:
+            return self._read(ids, start, self.caches, slice(-1, None))[0]
+        return self._read_in_threads(ids, start, n_threads)[0]
+
+    def _read(self, ids, start, attends, rows):
+        params = with_attend(self.params, attends)
+        position_ids = np.arange(start, start + len(ids))
+        return gpt2(ids, **params, n_head=self.n_head, position_ids=position_ids, logits_to_keep=rows)
+
+    def _read_in_threads(self, ids, start, n_threads):
+        """Share the rows of a long prompt among threads, each with a BLAS of one thread. The BLAS by itself
+        would share out its products only, and leave one thread with all of softmax, gelu and layer norm."""
+        wte = self.params["wte"]
+        for cache in self.caches:
+            cache.reserve(len(ids), np.empty((self.n_head, 0, wte.shape[1] // self.n_head), wte.dtype))
+        barrier = Barrier(n_threads)
+        borders = [round(len(ids) * i / n_threads) for i in range(n_threads + 1)]
+
+        def read(begin, end):
+            attends = [cache.part(start + begin, start + end, barrier) for cache in self.caches]
+            return self._read(
+                ids[begin:end], start + begin, attends, slice(-1, None) if end == len(ids) else slice(0)
+            )
+
+        with _blas().limit(limits=1), ThreadPoolExecutor(n_threads) as pool:
+            parts = [pool.submit(read, begin, end) for begin, end in pairwise(borders)]
+            try:
+                for part in as_completed(parts):
+                    part.result()
+            except BaseException:
+                barrier.abort()  # the others would wait for ever for the one that failed, or hold up a Ctrl-C
+                raise
+        return parts[-1].result()
 
     def fork(self) -> "Decoder":
         """A second decoder that has read the same ids."""
         twin = Decoder(self.params, self.n_head, 1)
         twin.position, twin.caches = self.position, [cache.fork() for cache in self.caches]
-        twin.params = with_attend(self.params, twin.caches)
         return twin
+
+
+@functools.cache
+def _blas():
+    """The BLAS libraries that NumPy has loaded."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _blas_threads() -> int:
+    return min((library["num_threads"] for library in _blas().info()), default=1)
 
 
 class JAXDecoder:

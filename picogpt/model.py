@@ -154,8 +154,11 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, *, lm_head=None, position_ids=N
     for block in blocks:
         x = transformer_block(x, **block, n_head=n_head)                # [n_seq, n_embd] -> [n_seq, n_embd]
     x = layer_norm(x[logits_to_keep], **ln_f)
-    # How well does the result match each token's vector? The same table that gave the tokens their meaning.
-    return tap("logits", x @ (wte if lm_head is None else lm_head).T)   # [n_seq, n_embd] -> [n_seq, n_vocab]
+    # How well does the result match each token's vector? GPT-2 asks the table that gave the tokens theirs.
+    # For a single row, dot products read that table in one stream: on one thread up to twice as fast as matmul.
+    head = wte if lm_head is None else lm_head
+    logits = xp.vecdot(head, x)[None] if len(x) == 1 else x @ head.T    # [n_seq, n_embd] -> [n_seq, n_vocab]
+    return tap("logits", logits)
 
 
 def with_taps(params, tap):

@@ -19,3 +19,22 @@ def assets() -> Path:
     if not ASSETS.is_dir():
         pytest.skip("needs ../shared/assets, which lies beside the checkout on the project's own machines")
     return ASSETS
+
+
+def pytest_addoption(parser):
+    parser.addoption("--skipped", action="store_true", help="run only what the last run skipped; skip nothing")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--skipped"):
+        skipped = tuple(config.cache.get("picogpt/skipped", []))
+        items[:] = [item for item in items if item.nodeid.startswith(skipped)]
+
+
+def pytest_sessionfinish(session):
+    reports = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    if session.config.getoption("--skipped"):
+        nothing_to_do = session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
+        session.exitstatus = int(bool(reports)) if nothing_to_do else session.exitstatus or int(bool(reports))
+    else:
+        session.config.cache.set("picogpt/skipped", sorted({report.nodeid for report in reports}))

@@ -1,0 +1,47 @@
+# Every target makes the virtual environment it needs; python3, make and a package index are enough.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-skipped lint bench train
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+run: .venv/installed ## write text with the model that ships in models/shakespeare
+	@$(BIN)/python -m picogpt --temperature 0.8 --seed 1 --n_tokens_to_generate 240
+
+test: .venv/installed-dev ## run the tests; what needs torch is skipped by name when it is missing
+	$(BIN)/python -m pytest
+
+test-skipped: .venv/installed-dev ## run what the last `make test` skipped; a test skipped again is a failure
+	$(BIN)/python -m pytest --skipped
+
+lint: .venv/installed-dev ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/installed-oracle ## measure speed and memory against transformers + torch, interleaved
+	$(BIN)/python benchmarks/speed.py
+
+train: .venv/installed-dev ## train models/shakespeare anew, into runs/shakespeare
+	$(BIN)/python -m picogpt.train data/tinyshakespeare.txt --output runs/shakespeare
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev,jax]"
+	@touch $@ .venv/installed
+
+# torch first, pinned: a bare `torch` may bring gigabytes of GPU libraries that nothing here uses.
+.venv/installed-oracle: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[oracle]" threadpoolctl safetensors
+	@touch $@ .venv/installed

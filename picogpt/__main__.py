@@ -1,0 +1,332 @@
+"""The command line: `python -m picogpt "prompt"`, or `picogpt "prompt"`.
+
+Nothing heavy is imported before it is needed, since the first token is waited for: NumPy only after --threads
+has been seen (a BLAS counts its threads when it is loaded), threadpoolctl after the last token.
+"""
+
+import errno
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from time import perf_counter
+from typing import Any
+
+from picogpt import PicogptError
+
+HELP = """\
+picogpt continues a text with GPT-2, on NumPy alone.
+
+    picogpt "prompt" [--flag value | --flag=value]...        (or: python -m picogpt ...)
+
+The prompt is one argument and text whatever it looks like; if it looks like a flag, put a lone -- before it.
+The prompt - is standard input (UTF-8; one final newline is dropped), and so is no prompt behind a pipe.
+An empty prompt, or none, starts a new text from <|endoftext|>.
+
+    --n_tokens_to_generate 40  how many tokens at most; <|endoftext|> ends the text earlier
+    --model_size NAME_OR_DIR   a model directory, or the name of one in --models_dir, such as 124M;
+                               without it the small model that comes with the program answers
+    --models_dir models        where models are looked for by name
+    --temperature T            0 always takes the likeliest token (greedy, the default); 0.8 surprises more
+    --top_k K                  draw among the K likeliest tokens only
+    --top_p P                  draw among the likeliest tokens that hold the share P of the probability
+    --seed S                   draw the same again; the i-th sample, from 0, is the one of seed S + i
+    --stop TEXT                end before this text, taken as it stands (a newline is $'\\n' in bash and zsh);
+                               may be given several times
+    --num_samples 1            how many continuations; a line of --- stands between two of them
+    --context error            when prompt and new tokens exceed the model's window: error; truncate (drop the
+                               prompt's beginning); slide (read the last n_ctx tokens anew for every token)
+    --backend numpy            or jax
+    --threads N                how many threads compute; without it the BLAS decides
+
+Standard output is the new text and one newline; all else goes to standard error.
+The exit status is 0, or 2 after an error, or 130 after Ctrl-C.
+"""
+
+FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # so "--help me" is none: it has a space
+TEXT_FLAGS = {"prompt", "model_size", "models_dir", "stop", "context", "backend"}
+# OpenBLAS reads the first of these, then Intel's, Apple's, and the last XLA, on which JAX runs.
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "NPROC")
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+EMBEDDED_NOTE = " (the embedded model; GPT-2 itself: --model_size 124M says how to get it)"
+
+
+class UsageError(PicogptError):
+    """A command line, an input or an output that cannot be used."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Be the program: return the exit status for these arguments, sys.argv's by default.
+
+    Takes over Ctrl-C and the encoding of standard output. Until there is text, Ctrl-C ends the process on the
+    spot: an exception would get lost, or turned into another, in one of the modules being imported.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        if sys.stdout is None:
+            raise UsageError("standard output is closed: there is nowhere to write to")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", newline="")
+        if argv is None:  # UTF-8, also where the locale made Python read something else
+            argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in sys.argv[1:]]
+        command = quote(argv)
+        if command is None:
+            write(HELP)
+        else:
+            import fire
+
+            fire.Fire(run, command, name="picogpt")
+        return 0
+    except BrokenPipeError:  # whoever read us has read enough
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except PicogptError as error:
+        say(str(error))
+    except MemoryError as error:
+        say(f"out of memory ({error or 'no details'}): take a smaller model or a shorter prompt")
+    except OSError as error:
+        say(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    return 2
+
+
+def quote(argv: Sequence[str]) -> list[str] | None:
+    """The command as Fire is to see it, each argument `--flag=value`; None if help is wanted.
+
+    Fire would read the prompts 1e3, None and [1, 2] as Python, takes `-` for its separator, swallows what
+    follows `--`, and finds an unknown flag only after the call. So text is quoted as a Python literal, and
+    what cannot be right never gets there; what is left for Fire to read are numbers.
+    """
+    values: dict[str, list[str]] = {"prompt": []}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            values["prompt"] += rest
+            break
+        flag = FLAG.fullmatch(word)
+        if word == "-h" or (flag and flag[1] == "help"):
+            return None
+        if not flag:
+            values["prompt"].append(word)
+            continue
+        name = flag[1].replace("-", "_")
+        if name not in FLAGS:
+            raise UsageError(f"there is no flag --{flag[1]}: {nearest(name)}")
+        values.setdefault(name, []).append(take_value(name, rest) if flag[2] is None else flag[2])
+    return [f"--{name}={literal(name, given)}" for name, given in values.items() if given]
+
+
+def nearest(name: str) -> str:
+    """The cure for an unknown flag."""
+    from difflib import get_close_matches
+
+    near = [flag for flag in FLAGS if name in flag] or get_close_matches(name, FLAGS, n=1, cutoff=0)
+    return f"did you mean --{near[0]}? (--help lists them all; if this is the prompt, put a lone -- before it)"
+
+
+def take_value(name: str, rest: list[str]) -> str:
+    """Take the next argument as the value of a flag, unless it is a flag itself."""
+    if not rest:
+        raise UsageError(f"--{name} has no value: write --{name} VALUE")
+    if rest[0] == "--" or FLAG.fullmatch(rest[0]):
+        raise UsageError(f"--{name} has no value; if {rest[0]} is meant to be it, write --{name}={rest[0]}")
+    return rest.pop(0)
+
+
+def literal(name: str, given: list[str]) -> str:
+    """A flag's value for Fire: text in Python's quotes, a number as it stands."""
+    if name == "stop":
+        return repr(given)
+    if len(given) > 1 and name == "prompt":
+        words = f"{given[0]!r}, {given[1]!r}{', ...' * (len(given) > 2)}"
+        raise UsageError(
+            f"the prompt is {len(given)} arguments ({words}): put one pair of quotes around all of it"
+        )
+    if len(given) > 1:
+        raise UsageError(f"--{name} is given {len(given)} times ({', '.join(given)}): give it once")
+    return repr(given[0]) if name in TEXT_FLAGS else given[0]
+
+
+def run(
+    *,
+    prompt: str | None = None,
+    n_tokens_to_generate: int = 40,
+    model_size: str | None = None,
+    models_dir: str = "models",
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    num_samples: int = 1,
+    context: str = "error",
+    backend: str = "numpy",
+    threads: int | None = None,
+) -> None:
+    """Generate and print: what Fire calls, a keyword a flag."""
+    check(stop, backend, threads)
+    if threads is not None:
+        os.environ.update(dict.fromkeys(THREADS, str(threads)))
+    from picogpt.checkpoint import EMBEDDED, load_encoder_hparams_and_params
+    from picogpt.generation import streams
+
+    model = EMBEDDED if model_size is None else model_size
+    encoder, hparams, params = load_encoder_hparams_and_params(model, models_dir)
+    samples = streams(
+        encode(read_prompt(prompt), encoder),
+        to_jax(params) if backend == "jax" else params,
+        hparams["n_head"],
+        n_tokens_to_generate,
+        num_samples=num_samples,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=() if encoder.end_of_text is None else (encoder.end_of_text,),
+        context=context,
+    )
+    if num_samples > 1 and (temperature == 0 or (temperature is top_k is top_p is None)):
+        say("greedy samples are all the same: for different ones set --temperature, 0.8 for example")
+    print_samples(samples, encoder, stop, model + EMBEDDED_NOTE * (model_size is None), backend)
+
+
+FLAGS = tuple(run.__kwdefaults__ or ())
+
+
+def check(stop: Sequence[str], backend: str, threads: int | None) -> None:
+    """Refuse what no other room would."""
+    if "" in stop:
+        raise UsageError("--stop is empty: give the text to stop at, or leave it out")
+    if backend not in ("numpy", "jax"):
+        raise UsageError(f"backend is {backend!r}: give numpy or jax")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError(f"threads is {threads!r}: give a whole number from 1, or leave it out")
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt, from standard input if it says so or if there is none and somebody may be writing to us."""
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+        return ""
+    if prompt not in (None, "-"):
+        return str(prompt)
+    if sys.stdin is None:
+        raise UsageError("standard input is closed: give the prompt as an argument")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")  # without the mark that Windows puts before UTF-8
+    except UnicodeDecodeError as error:
+        wrong = f"{error.object[error.start]:#04x} is byte {error.start}"
+        raise UsageError(f"standard input is not UTF-8 ({wrong}): convert it, with iconv say") from None
+    return re.sub(r"\r?\n\Z", "", text)
+
+
+def encode(text: str, encoder: Any) -> list[int]:
+    """The ids to begin with."""
+    from picogpt.encoder import END_OF_TEXT
+
+    if END_OF_TEXT in text:
+        say(f"{END_OF_TEXT} in the prompt is read as ordinary text; an empty prompt starts from the token")
+    if not text and encoder.end_of_text is not None:
+        return [encoder.end_of_text]
+    return encoder.encode(text)
+
+
+def to_jax(params: dict[str, Any]) -> dict[str, Any]:
+    """The same tree with JAX arrays."""
+    try:
+        import jax
+
+        return jax.tree.map(jax.numpy.asarray, params)
+    except ImportError as error:
+        raise UsageError('--backend jax needs JAX: pip install "picogpt[jax]"') from error
+    except RuntimeError as error:  # no such platform, no driver, no memory on the device
+        raise UsageError(f"JAX does not start: {error}") from error
+
+
+def print_samples(
+    samples: Iterable[Iterable[int]], encoder: Any, stop: Sequence[str], model: str, backend: str
+) -> None:
+    """Write each continuation as it comes, then the summary, also if the reader or Ctrl-C ends it early."""
+    from picogpt.generation import stream_text
+
+    times = [perf_counter()]
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        for i, ids in enumerate(samples):
+            if i:
+                write("---\n")
+            for piece in stream_text(clocked(ids, times), encoder, stop):
+                write(piece)
+            write("\n")
+    except BrokenPipeError:
+        pass
+    except KeyboardInterrupt:
+        with suppress(BrokenPipeError):
+            write("\n")
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left takes milliseconds
+        say(f"{model}: {pace(times)}, {engine(backend)}")
+
+
+def interrupt(*_: Any) -> None:
+    """Ctrl-C: end the text. Pressed again, it changes nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def clocked(ids: Iterable[int], times: list[float]) -> Iterator[int]:
+    """Note when each id comes."""
+    for next_id in ids:
+        times.append(perf_counter())
+        yield next_id
+
+
+def pace(times: list[float]) -> str:
+    """How many tokens, how soon the first (the prompt is read before it), how fast the others."""
+    n = len(times) - 1
+    first = f", the first after {times[1] - times[0]:.2f} s" if n else ""
+    others = f", then {(n - 1) / (times[-1] - times[1] + 1e-9):.1f} tokens per second" if n > 1 else ""
+    return f"{n} token{'s' * (n != 1)}{first}{others}"
+
+
+def engine(backend: str) -> str:
+    """What did the arithmetic."""
+    if backend == "jax":
+        import jax
+
+        return f"JAX on {jax.default_backend()}"
+    from threadpoolctl import threadpool_info
+
+    for blas in threadpool_info():
+        if blas["user_api"] == "blas":
+            n, kernel = blas["num_threads"], blas.get("architecture") or blas["version"]
+            return f"{blas['internal_api']} {kernel}, {n} thread{'s' * (n != 1)}"
+    return "a BLAS that threadpoolctl does not know"  # such as Apple's Accelerate
+
+
+def write(text: str) -> None:
+    """Write to standard output, now. Raises BrokenPipeError if nobody reads it any more."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try, and complain, once more at exit: let that attempt succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno in (errno.EPIPE, errno.EINVAL):  # EINVAL is how Windows says it
+            raise BrokenPipeError from None
+        raise UsageError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def say(message: str) -> None:
+    """Write one line to standard error, if that is open."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print("picogpt:", message.replace("\n", " "), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

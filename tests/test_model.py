@@ -1,0 +1,465 @@
+"""The forward pass against transformers + torch, against activations that PyTorch recorded, and on JAX."""
+
+import base64
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models import (
+    astype,
+    jax_params,
+    jax_x64,
+    random_ids,
+    random_params,
+    rounding_noise,
+    transformers_model,
+    transformers_names,
+    tree_map,
+)
+from picogpt import model
+from picogpt.model import (
+    attention,
+    causal_attention,
+    ffn,
+    gelu,
+    gpt2,
+    layer_norm,
+    linear,
+    mha,
+    softmax,
+    with_taps,
+)
+
+SMALL = {"n_vocab": 23, "n_ctx": 19, "n_embd": 12, "n_head": 3, "n_layer": 2}
+LONG = {"n_vocab": 31, "n_ctx": 300, "n_embd": 26, "n_head": 2, "n_layer": 2}
+CONFIGS = {  # hyper-parameters, and how many tokens to read
+    "25 heads, as in 1558M": ({"n_vocab": 61, "n_ctx": 40, "n_embd": 200, "n_head": 25, "n_layer": 2}, 40),
+    "heads of 64, as in all": ({"n_vocab": 211, "n_ctx": 64, "n_embd": 192, "n_head": 3, "n_layer": 2}, 50),
+    "odd sizes": ({"n_vocab": 53, "n_ctx": 37, "n_embd": 63, "n_head": 7, "n_layer": 3}, 29),
+    "heads of 1": ({"n_vocab": 7, "n_ctx": 5, "n_embd": 5, "n_head": 5, "n_layer": 1}, 5),
+    "one head": ({"n_vocab": 19, "n_ctx": 11, "n_embd": 14, "n_head": 1, "n_layer": 2}, 10),
+    "twelve layers": ({"n_vocab": 97, "n_ctx": 32, "n_embd": 48, "n_head": 12, "n_layer": 12}, 31),
+    "one token": (SMALL, 1),
+    "a block of queries and one": (LONG, model.BLOCK + 1),
+    "three blocks of queries": (LONG, 287),
+}
+
+
+@pytest.fixture
+def small():
+    """params (float64), ids and n_head of a model that is read in no time."""
+    return random_params(**SMALL), random_ids(17, SMALL["n_vocab"]), SMALL["n_head"]
+
+
+def close(found, expected, tolerance, name=""):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance, err_msg=name)
+
+
+def record(params, ids, n_head):
+    """A copy of every intermediate by its name, in the order in which they came."""
+    seen = {}
+
+    def tap(name, x):
+        assert name not in seen
+        seen[name] = np.array(x)
+        return x
+
+    gpt2(ids, **with_taps(params, tap), n_head=n_head)
+    return seen
+
+
+def test_model_py_has_at_most_200_lines():
+    assert len(Path(model.__file__).read_text().splitlines()) <= 200
+
+
+class TestTransformers:
+    @pytest.mark.parametrize("lm_head", [False, True], ids=["tied", "lm_head"])
+    @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 2e-5)])
+    @pytest.mark.parametrize("config", CONFIGS)
+    def test_logits(self, config, dtype, tolerance, lm_head):
+        torch = pytest.importorskip("torch")
+        hparams, n_seq = CONFIGS[config]
+        params, ids = (
+            random_params(**hparams, dtype=dtype, lm_head=lm_head),
+            random_ids(n_seq, hparams["n_vocab"]),
+        )
+        with torch.no_grad():
+            expected = transformers_model(params, hparams["n_head"])(torch.tensor([ids])).logits[0].numpy()
+        logits = gpt2(ids, **params, n_head=hparams["n_head"])
+        assert logits.dtype == dtype and logits.shape == (n_seq, hparams["n_vocab"])
+        close(logits, expected, tolerance * np.abs(expected).max())
+
+    def test_residual_stream_and_patterns(self, small):
+        torch = pytest.importorskip("torch")
+        params, ids, n_head = small
+        oracle = transformers_model(params, n_head)
+        with torch.no_grad():
+            expected = oracle(torch.tensor([ids]), output_hidden_states=True, output_attentions=True)
+        seen = record(params, ids, n_head)
+        for i in range(SMALL["n_layer"]):
+            close(seen[f"blocks.{i}.hook_resid_pre"], expected.hidden_states[i][0].numpy(), 1e-10)
+            close(seen[f"blocks.{i}.attn.hook_pattern"], expected.attentions[i][0].numpy(), 1e-10)
+
+    def test_gradients_of_the_loss(self, small):
+        torch = pytest.importorskip("torch")
+        params, ids, n_head = small
+        oracle = transformers_model(params, n_head)
+        logits = oracle(torch.tensor([ids])).logits[0]  # transformers' own loss would go down to float32
+        torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])).backward()
+        expected = {name: weight.grad.numpy() for name, weight in oracle.named_parameters()}
+
+        def lm_loss(params):
+            log_p = jax.nn.log_softmax(gpt2(ids[:-1], **params, n_head=n_head))
+            return -log_p[np.arange(len(ids) - 1), np.array(ids[1:])].mean()
+
+        with jax_x64():
+            import jax
+
+            gradients = transformers_names(jax.jit(jax.grad(lm_loss))(jax_params(params)))
+        assert gradients.keys() == expected.keys()
+        largest = max(np.abs(gradient).max() for gradient in expected.values())
+        for name, gradient in gradients.items():
+            close(np.asarray(gradient), expected[name], 1e-10 * largest, name)
+
+
+def test_every_recorded_activation_of_the_sorting_model(assets):
+    """minGPT's nano model, which sorts six digits, as PyTorch ran it on three inputs (bbycroft/llm-viz)."""
+    folder = assets / "small-models" / "nano-sort"
+    weights = np.load(folder / "gpt2_layout.npz")
+    entries = json.loads((folder / "gpt-nano-sort-t0-partials.json").read_text())
+    assert entries.pop("config")["n_layer"] == 3
+    recorded = {
+        name: np.frombuffer(base64.b64decode(entry["data"]), np.float32).reshape(entry["shape"])
+        for name, entry in entries.items()
+    }
+
+    def leaves(path, weight):
+        return {weight: weights[f"{path}.weight"], "b": weights[f"{path}.bias"]}
+
+    def block(path):
+        return {
+            "ln_1": leaves(f"{path}.ln_1", "g"),
+            "attn": {name: leaves(f"{path}.attn.{name}", "w") for name in ("c_attn", "c_proj")},
+            "ln_2": leaves(f"{path}.ln_2", "g"),
+            "mlp": {name: leaves(f"{path}.mlp.{name}", "w") for name in ("c_fc", "c_proj")},
+        }
+
+    blocks, ln_f = [block(f"h.{i}") for i in range(3)], leaves("ln_f", "g")
+    tables = {name: weights[f"{name}.weight"] for name in ("wte", "wpe", "lm_head")}
+    for row, ids in enumerate(recorded["idx"].astype(int)):
+        seen = record({**tables, "blocks": blocks, "ln_f": ln_f}, ids, n_head=3)
+
+        def first(name, seen=seen):
+            return seen[f"blocks.0.{name}"]
+
+        q, k, v = (first(f"attn.hook_{name}") for name in "qkv")
+        ln_1, ln_2 = blocks[0]["ln_1"], blocks[0]["ln_2"]
+        found = {
+            "idx": ids,
+            "tok_emb": seen["hook_embed"],
+            "x": first("hook_resid_pre"),
+            "ln1": first("ln1.hook_normalized") * ln_1["g"] + ln_1["b"],
+            "q": q,
+            "k": k,
+            "v": v,
+            "qkv": np.hstack([*q, *k, *v]),
+            "att": first("attn.hook_attn_scores"),
+            "attSm": first("attn.hook_pattern"),
+            "y": np.hstack(first("attn.hook_z")),
+            "yProj": first("hook_attn_out"),
+            "attnResid": first("hook_resid_mid"),
+            "ln2": first("ln2.hook_normalized") * ln_2["g"] + ln_2["b"],
+            "fc": first("mlp.hook_pre"),
+            "gelu": first("mlp.hook_post"),
+            "mlp": first("hook_mlp_out"),
+            "mlpResid": first("hook_resid_post"),
+            "block0": seen["blocks.0.hook_resid_post"],
+            "block1": seen["blocks.1.hook_resid_post"],
+            "block2": seen["blocks.2.hook_resid_post"],
+            "ln_f": seen["ln_final.hook_normalized"] * ln_f["g"] + ln_f["b"],
+            "lm_head": seen["logits"],
+            "probs": softmax(seen["logits"]),
+        }
+        close(seen["hook_pos_embed"], recorded["pos_emb"][0], 1e-5)
+        assert found.keys() | {"pos_emb"} == recorded.keys()
+        for name, array in found.items():
+            close(array, recorded[name][row], 1e-5, name)
+
+
+class TestTaps:
+    def test_names_are_those_of_transformer_lens_in_its_order(self, small):
+        assert list(record(*small)) == [
+            "hook_embed",
+            "hook_pos_embed",
+            "blocks.0.hook_resid_pre",
+            "blocks.0.ln1.hook_scale",
+            "blocks.0.ln1.hook_normalized",
+            "blocks.0.attn.hook_q",
+            "blocks.0.attn.hook_k",
+            "blocks.0.attn.hook_v",
+            "blocks.0.attn.hook_attn_scores",
+            "blocks.0.attn.hook_pattern",
+            "blocks.0.attn.hook_z",
+            "blocks.0.hook_attn_out",
+            "blocks.0.hook_resid_mid",
+            "blocks.0.ln2.hook_scale",
+            "blocks.0.ln2.hook_normalized",
+            "blocks.0.mlp.hook_pre",
+            "blocks.0.mlp.hook_post",
+            "blocks.0.hook_mlp_out",
+            "blocks.0.hook_resid_post",
+            "blocks.1.hook_resid_pre",
+            "blocks.1.ln1.hook_scale",
+            "blocks.1.ln1.hook_normalized",
+            "blocks.1.attn.hook_q",
+            "blocks.1.attn.hook_k",
+            "blocks.1.attn.hook_v",
+            "blocks.1.attn.hook_attn_scores",
+            "blocks.1.attn.hook_pattern",
+            "blocks.1.attn.hook_z",
+            "blocks.1.hook_attn_out",
+            "blocks.1.hook_resid_mid",
+            "blocks.1.ln2.hook_scale",
+            "blocks.1.ln2.hook_normalized",
+            "blocks.1.mlp.hook_pre",
+            "blocks.1.mlp.hook_post",
+            "blocks.1.hook_mlp_out",
+            "blocks.1.hook_resid_post",
+            "ln_final.hook_scale",
+            "ln_final.hook_normalized",
+            "logits",
+        ]
+
+    @pytest.mark.parametrize("n_seq", [1, 17, 287])
+    def test_watching_changes_nothing_beyond_noise(self, n_seq):
+        params, ids = random_params(**LONG, dtype=np.float32), random_ids(n_seq, LONG["n_vocab"])
+
+        def plain(params):
+            return gpt2(ids, **params, n_head=LONG["n_head"])
+
+        watched = record(params, ids, LONG["n_head"])["logits"]
+        close(watched, plain(params), 4 * rounding_noise(plain, params))
+
+    def test_the_tree_that_was_given_stays_as_it_is(self, small):
+        params, _, _ = small
+        tapped = with_taps(params, lambda name, x: x)
+        assert list(params) == ["wte", "wpe", "blocks", "ln_f"] and "tap" not in params["blocks"][0]["attn"]
+        assert tapped["wte"] is params["wte"]
+        assert tapped["blocks"][1]["mlp"]["c_fc"]["w"] is params["blocks"][1]["mlp"]["c_fc"]["w"]
+
+    def test_ablating_a_head_is_zeroing_its_rows_of_c_proj(self, small):
+        params, ids, n_head = small
+        d = SMALL["n_embd"] // n_head
+
+        def without_head_2(name, x):
+            return x * np.array([1, 1, 0])[:, None, None] if name == "blocks.1.attn.hook_z" else x
+
+        c_proj = params["blocks"][1]["attn"]["c_proj"]
+        w = c_proj["w"].copy()
+        w[2 * d : 3 * d] = 0
+        attn = {**params["blocks"][1]["attn"], "c_proj": {**c_proj, "w": w}}
+        edited = {**params, "blocks": [params["blocks"][0], {**params["blocks"][1], "attn": attn}]}
+
+        ablated = gpt2(ids, **with_taps(params, without_head_2), n_head=n_head)
+        close(ablated, gpt2(ids, **edited, n_head=n_head), 1e-12)
+        assert np.abs(ablated - gpt2(ids, **params, n_head=n_head)).max() > 0.1
+
+    def test_every_answer_is_used(self, small):
+        params, ids, n_head = small
+        untouched = record(params, ids, n_head)
+        for i, name in enumerate(untouched):
+            seen = {}
+
+            def tap(here, x, name=name, seen=seen):
+                other = x * (1 + np.arange(x.size) % 5).reshape(x.shape)
+                seen[here] = np.array(other if here == name else x)
+                return seen[here]
+
+            gpt2(ids, **with_taps(params, tap), n_head=n_head)
+            for earlier in list(untouched)[:i]:
+                close(seen[earlier], untouched[earlier], 0, earlier)
+            assert np.abs(seen["logits"] - untouched["logits"]).max() > 1e-3, name
+
+    def test_patching_the_residual_stream_replaces_everything_before_it(self, small):
+        params, ids, n_head = small
+        other = record(params, ids[::-1], n_head)
+
+        def patch(name, x):
+            return other[name] if name == "blocks.0.hook_resid_post" else x
+
+        close(gpt2(ids, **with_taps(params, patch), n_head=n_head), other["logits"], 1e-12)
+
+
+class TestArguments:
+    def test_later_tokens_do_not_change_earlier_logits(self, small):
+        params, ids, n_head = small
+        before = gpt2(ids, **params, n_head=n_head)
+        for i in range(len(ids)):
+            changed = [*ids[:i], (ids[i] + 1) % SMALL["n_vocab"], *ids[i + 1 :]]
+            after = gpt2(changed, **params, n_head=n_head)
+            close(after[:i], before[:i], 1e-12)
+            assert (np.abs(after[i:] - before[i:]).max(axis=-1) > 1e-6).all()
+
+    @pytest.mark.parametrize("rows", [slice(-1, None), slice(3, 9), -1, [0, 4, -2], slice(0, 0)], ids=str)
+    def test_logits_to_keep(self, small, rows):
+        params, ids, n_head = small
+        kept = gpt2(ids, **params, n_head=n_head, logits_to_keep=rows)
+        expected = gpt2(ids, **params, n_head=n_head)[rows]
+        assert kept.shape == expected.shape
+        np.testing.assert_allclose(kept, expected, rtol=0, atol=1e-12)
+
+    def test_position_ids(self, small):
+        params, ids, n_head = small
+        moved = {**params, "wpe": params["wpe"][2:]}
+        expected = gpt2(ids, **moved, n_head=n_head)
+        close(gpt2(ids, **params, n_head=n_head, position_ids=np.arange(2, 19)), expected, 0)
+        close(gpt2(ids, **params, n_head=n_head, position_ids=range(2, 19)), expected, 0)
+
+    @pytest.mark.parametrize("inputs", [list, tuple, np.array, lambda ids: np.array(ids, np.uint16)])
+    def test_inputs_of_any_kind(self, small, inputs):
+        params, ids, n_head = small
+        given = inputs(ids)
+        close(gpt2(given, **params, n_head=n_head), gpt2(ids, **params, n_head=n_head), 0)
+        assert list(given) == ids
+
+    @pytest.mark.parametrize("convert", [lambda params: params, jax_params], ids=["numpy", "jax"])
+    def test_all_positions_and_one_more(self, small, convert):
+        params, _, n_head = small
+        params, n_ctx = convert(params), SMALL["n_ctx"]
+        assert gpt2([0] * n_ctx, **params, n_head=n_head).shape == (n_ctx, SMALL["n_vocab"])
+        with pytest.raises(ValueError, match="20 tokens do not fit into the model's 19 positions"):
+            gpt2([0] * (n_ctx + 1), **params, n_head=n_head)
+
+    def test_integers_as_in_the_article(self):
+        close(gelu(np.array([1, -2])), gelu(np.array([1.0, -2.0])), 0)
+        close(softmax(np.array([[2, 100]])), softmax(np.array([[2.0, 100.0]])), 0)
+        ones, zeros = np.ones(3, int), np.zeros(3, int)
+        close(
+            layer_norm(np.array([[2, 2, 3]]), ones, zeros), layer_norm(np.array([[2.0, 2, 3]]), ones, zeros), 0
+        )
+
+    def test_extreme_numbers_stay_finite(self):
+        x = np.array([-1e4, -30, 0, 30, 1e4], np.float32)
+        np.testing.assert_array_equal(gelu(x), np.maximum(x, 0))
+        np.testing.assert_array_equal(softmax(x), [0, 0, 0, 0, 1])
+        constant = np.full((2, 5), 7, np.float32)
+        np.testing.assert_array_equal(layer_norm(constant, np.ones(5), np.zeros(5)), np.zeros((2, 5)))
+
+
+def primitives(dtype, array):
+    """Every function of model.py with arguments that, in NumPy, cannot be written to."""
+
+    def random(*shape):
+        x = np.random.default_rng(len(shape)).standard_normal(shape).astype(dtype)
+        x.flags.writeable = False
+        return array(x)
+
+    params = tree_map(array, random_params(**SMALL, dtype=dtype))
+    block, ids = params["blocks"][0], [3, 1, 4, 1, 5]
+    q, k, v, mask = random(3, 2, 4), random(3, 5, 4), random(3, 5, 4), array(np.zeros((2, 5), dtype))
+    return {
+        "gelu": lambda: gelu(random(5, 12)),
+        "softmax": lambda: softmax(random(5, 12)),
+        "layer_norm": lambda: layer_norm(random(5, 12), **block["ln_1"]),
+        "linear": lambda: linear(random(5, 12), **block["mlp"]["c_fc"]),
+        "ffn": lambda: ffn(random(5, 12), **block["mlp"]),
+        "attention": lambda: attention(q, k, v),
+        "attention with a mask": lambda: attention(q, k, v, mask),
+        "causal_attention": lambda: causal_attention(q, k, v),
+        "mha": lambda: mha(random(5, 12), **block["attn"], n_head=3),
+        "transformer_block": lambda: model.transformer_block(random(5, 12), **block, n_head=3),
+        "gpt2": lambda: gpt2(ids, **params, n_head=3),
+        "lm_head": lambda: gpt2(ids, **params, n_head=3, lm_head=params["wte"]),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("module", ["numpy", "jax.numpy"])
+class TestDtype:
+    def test_every_function_keeps_it_and_leaves_its_arguments_alone(self, module, dtype):
+        with jax_x64() if module == "jax.numpy" else nullcontext():
+            array = pytest.importorskip(module).asarray
+            for name, function in primitives(dtype, array).items():
+                assert function().dtype == dtype, name
+
+    def test_every_intermediate_has_it(self, module, dtype):
+        with jax_x64() if module == "jax.numpy" else nullcontext():
+            params = tree_map(pytest.importorskip(module).asarray, random_params(**SMALL, dtype=dtype))
+            assert {x.dtype.name for x in record(params, [1, 2, 3], SMALL["n_head"]).values()} == {dtype}
+
+
+class TestJAX:
+    """The same functions on the other array library. NumPy's float64 logits agree with torch's: see above."""
+
+    @pytest.fixture
+    def on_jax(self, small):
+        params, ids, n_head = small
+        with jax_x64():
+            yield jax_params(params), ids, n_head, gpt2(ids, **params, n_head=n_head)
+
+    def test_plain(self, on_jax):
+        params, ids, n_head, expected = on_jax
+        logits = gpt2(ids, **params, n_head=n_head)
+        assert type(logits) is type(params["wte"])
+        close(np.asarray(logits), expected, 1e-12)
+
+    def test_plain_past_a_block_of_queries(self):
+        with jax_x64():
+            params, ids = random_params(**LONG), random_ids(287, LONG["n_vocab"])
+            expected = gpt2(ids, **params, n_head=LONG["n_head"])
+            close(np.asarray(gpt2(ids, **jax_params(params), n_head=LONG["n_head"])), expected, 1e-11)
+
+    def test_jit(self, on_jax):
+        import jax
+
+        params, ids, n_head, expected = on_jax
+        compiled = jax.jit(gpt2, static_argnames="n_head")
+        close(np.asarray(compiled(np.array(ids), **params, n_head=n_head)), expected, 1e-12)
+        with pytest.raises(ValueError, match="do not fit"):
+            compiled(np.zeros(20, int), **params, n_head=n_head)
+
+    def test_vmap_as_in_the_article(self, on_jax):
+        import jax
+
+        params, ids, n_head, expected = on_jax
+        batched = jax.vmap(gpt2, in_axes=[0, None, None, None, None, None])
+        batch = np.array([ids, ids[::-1]])
+        leaves = params["wte"], params["wpe"], params["blocks"], params["ln_f"]
+        logits = np.asarray(batched(batch, *leaves, n_head))
+        close(logits[0], expected, 1e-12)
+        close(logits[1], np.asarray(gpt2(ids[::-1], **params, n_head=n_head)), 1e-12)
+
+    def test_taps_under_jit(self, on_jax, small):
+        import jax
+
+        params, ids, n_head, _ = on_jax
+
+        @jax.jit
+        def traced(params, ids):
+            seen = {}
+
+            def tap(name, x):
+                seen[name] = x
+                return x
+
+            gpt2(ids, **with_taps(params, tap), n_head=n_head)
+            return seen
+
+        found, expected = traced(params, np.array(ids)), record(*small)
+        assert found.keys() == expected.keys()
+        for name, x in expected.items():
+            close(np.asarray(found[name]), x, 1e-12, name)
+
+    def test_float32(self):
+        pytest.importorskip("jax")
+        params, ids = random_params(**LONG, dtype=np.float32), random_ids(200, LONG["n_vocab"])
+
+        def plain(params):
+            return gpt2(ids, **params, n_head=LONG["n_head"])
+
+        logits = plain(jax_params(params))
+        assert logits.dtype == np.float32
+        close(np.asarray(logits), plain(astype(params, np.float64)), 4 * rounding_noise(plain, params))
