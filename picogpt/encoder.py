@@ -122,9 +122,7 @@ class Encoder:
         if set(map(type, self.decoder)) != {int} or sorted(self.decoder) != [*range(self.n_vocab)]:
             for token, i in self.encoder.items():
                 if type(i) is not int or not 0 <= i < self.n_vocab or self.decoder[i] != token:
-                    raise EncoderError(
-                        f"token {token!r} has id {i!r}: ids are 0 to {self.n_vocab - 1}, each once"
-                    )
+                    raise EncoderError(f"{token!r} has id {i!r}: ids are 0 to {self.n_vocab - 1}, each once")
         symbols = set(SYMBOL_OF_BYTE.values())
         if missing := symbols - self.encoder.keys():
             raise EncoderError(f"the vocabulary lacks {min(missing)!r}, the symbol of a byte: it needs all 256")
@@ -138,7 +136,7 @@ class Encoder:
         return self.decoder.keys() - made - {self.encoder[symbol] for symbol in symbols}
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """The ids of a text. A special token in it is text like any other, unless it is allowed (all: "all").
+        """The ids of a text. A special token in it is text like any other, unless allowed (or all are: "all").
 
         Raises EncoderError for half a surrogate pair in the text, and for allowing what is no special token.
         """
@@ -223,7 +221,12 @@ class Encoder:
         return StreamDecoder(self)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `encoder.json` and `vocab.bpe` into a directory, in OpenAI's form to the byte."""
+        """Write `encoder.json` and `vocab.bpe` into a directory, in OpenAI's form to the byte.
+
+        Raises EncoderError for a special token that looks like a word: those files could not tell.
+        """
+        if words := [text for text in self.special_tokens if len(PATTERN.findall(text)) < 2]:
+            raise EncoderError(f"encoder.json and vocab.bpe cannot say that {words[0]!r} is a special token")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         vocabulary = json.dumps({self.decoder[i]: i for i in range(self.n_vocab)})
@@ -280,21 +283,21 @@ def get_encoder(model_dir: str | os.PathLike[str] | None = None) -> Encoder:
                 return Encoder(*(_read_pair(*files) if len(files) == 2 else _read_tokenizer_json(*files)))
             except EncoderError as error:
                 raise EncoderError(f"{directory} ({layout}): {error}") from None
-            except (AttributeError, KeyError, TypeError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise EncoderError(f"{directory} ({layout}): not laid out as it should be: {error!r}") from None
     raise EncoderError(f"{directory} holds no vocabulary: it needs {', or '.join(LAYOUTS)}")
 
 
 def _read_pair(vocabulary: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str, str]], Collection[str]]:
-    lines = _read_text(merges).rstrip().split("\n")
+    lines = _read(merges).rstrip().split("\n")
     added = vocabulary.with_name("added_tokens.json")  # Hugging Face's, for tokens that came after training
-    special_tokens = _read_json(added) if added.exists() else {}
-    encoder = _read_json(vocabulary) | {to_symbols(text): i for text, i in special_tokens.items()}
+    special_tokens = _read(added) if added.exists() else {}
+    encoder = _read(vocabulary) | {to_symbols(text): i for text, i in special_tokens.items()}
     return encoder, _pairs(lines[lines[0].startswith("#version") :]), special_tokens.keys()
 
 
 def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], Collection[str]]:
-    content = _read_json(path)
+    content = _read(path)
     for setting, allowed in TOKENIZER_JSON.items():
         part, name = setting.split(".")
         found = (content.get(part) or {}).get(name)
@@ -314,18 +317,13 @@ def _pairs(lines: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_text(path: Path) -> str:
+def _read(path: Path) -> Any:
+    """What a .json file holds, or the text of another. In UTF-8, whatever the platform prefers."""
     try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_bytes().decode("utf-8")
+        return json.loads(text) if path.suffix == ".json" else text
+    except (OSError, ValueError, RecursionError) as error:
         raise EncoderError(f"cannot read {path.name}: {error}") from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise EncoderError(f"{path.name} is not JSON: {error}") from None
 
 
 def _show(piece: Piece, colour: bool) -> None:

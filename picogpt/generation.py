@@ -116,7 +116,7 @@ def _jax_step():
     import jax
 
     def step(ids, params, state, start, n_head):
-        caches = [JAXCache(*keys_and_values, start) for keys_and_values in state]
+        caches = [JAXCache(keys, values, start) for keys, values in state]
         params = with_attend(params, caches)
         position_ids = start + jax.numpy.arange(len(ids))
         logits = gpt2(ids, **params, n_head=n_head, position_ids=position_ids, logits_to_keep=slice(-1, None))

@@ -6,15 +6,13 @@ comes out is a model directory in OpenAI's layout. Needs `pip install "picogpt[j
 """
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import trange
 
 from picogpt import PicogptError
@@ -22,7 +20,22 @@ from picogpt.checkpoint import save_checkpoint
 from picogpt.encoder import Encoder, get_encoder
 from picogpt.model import gpt2, with_taps
 
+try:
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from tokenizers import ByteLevelBPETokenizer
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f'training needs {error.name}: pip install "picogpt[jax]" tokenizers', file=sys.stderr)
+    sys.exit(2)
+
 END_OF_TEXT = "<|endoftext|>"
+
+
+class TrainingError(PicogptError):
+    """A text or a shape that cannot be trained on, or a run that does not belong to the output directory."""
 
 
 def lm_loss(params, inputs, n_head):  # [n_seq + 1] -> []
@@ -79,12 +92,10 @@ def init_params(hparams: dict[str, int], seed: int) -> dict[str, Any]:
 
 def train_encoder(text: str, n_vocab: int) -> Encoder:
     """Byte-level BPE of `n_vocab` tokens: 256 bytes, merges learned from `text`, and `<|endoftext|>` last."""
-    from tokenizers import ByteLevelBPETokenizer
-
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([text], vocab_size=n_vocab - 1, min_frequency=2, show_progress=False)
     model = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(pair.split()) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    merges = [(left, right) for left, right in model["merges"]]
     return Encoder({**model["vocab"], END_OF_TEXT: len(model["vocab"])}, merges)
 
 
@@ -99,14 +110,15 @@ class Windows:
         self.ids = np.array(ids, dtype=np.int32)
         self.n_ctx, self.batch_size, self.seed = n_ctx, batch_size, seed
         self.end_of_text = encoder.encoder[END_OF_TEXT]
-        newline = encoder.encode("\n\n")[-1]
-        self.openings = np.flatnonzero(self.ids[: -n_ctx - 1] == newline) + 1
+        blank = self.ids[: -n_ctx - 1] == encoder.encode("\n")[0]
+        self.openings = np.flatnonzero(blank[:-1] & blank[1:]) + 2
 
     def batch(self, step: int) -> np.ndarray:  # -> [batch_size, n_ctx + 1]
         rng = np.random.default_rng((self.seed, step))
         starts = rng.integers(len(self.ids) - self.n_ctx, size=self.batch_size)
         windows = self.ids[starts[:, None] + np.arange(self.n_ctx + 1)]
-        for row in np.flatnonzero(rng.random(self.batch_size) < 0.1) if len(self.openings) else ():
+        opened = np.flatnonzero(rng.random(self.batch_size) < 0.1)
+        for row in opened if len(self.openings) else ():
             start = rng.choice(self.openings)
             windows[row] = [self.end_of_text, *self.ids[start : start + self.n_ctx]]
         return windows
@@ -164,10 +176,20 @@ def make_step(optimizer: optax.GradientTransformation, n_head: int, dropout_rate
     return step
 
 
+def read_and_split(path: str) -> tuple[str, str]:
+    """The first 90 % of the characters of a text file, and the rest."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"cannot read {path} as UTF-8 text: {error}") from None
+    border = len(text) * 9 // 10
+    return text[:border], text[border:]
+
+
 def save_state(path: Path, state, **progress) -> None:
     """Write everything a later run needs to go on, under a temporary name first."""
     temporary = path.with_suffix(".tmp")
-    leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    leaves: Any = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     with temporary.open("wb") as file:
         np.savez(file, **leaves, **progress)
     temporary.replace(path)
@@ -180,7 +202,7 @@ def load_state(path: Path, state):
         saved = [file[f"leaf{i}"] for i in range(len(leaves))]
         progress = {name: file[name].item() for name in file.files if not name.startswith("leaf")}
     if [leaf.shape for leaf in saved] != [leaf.shape for leaf in leaves]:
-        raise PicogptError(f"{path} belongs to a model of another shape: delete it or choose another --output")
+        raise TrainingError(f"{path} belongs to a model of another shape: delete it or choose another --output")
     return jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in saved]), progress
 
 
@@ -189,17 +211,17 @@ def train(
     output: str,
     n_vocab: int = 1024,
     n_ctx: int = 256,
-    n_embd: int = 192,
-    n_head: int = 6,
-    n_layer: int = 5,
+    n_embd: int = 256,
+    n_head: int = 4,
+    n_layer: int = 3,
     batch_size: int = 16,
-    n_steps: int = 3000,
-    learning_rate: float = 2e-3,
+    n_steps: int = 1800,
+    learning_rate: float = 3e-3,
     weight_decay: float = 0.1,
-    dropout_rate: float = 0.2,
+    dropout_rate: float = 0.1,
     average: float = 0.99,
     eval_every: int = 100,
-    patience: int = 10,
+    patience: int = 8,
     seed: int = 0,
 ) -> float:
     """Train on the first 90 % of the file `text`, validate on the rest, keep the best model in `output`.
@@ -207,18 +229,27 @@ def train(
     Stops after `n_steps`, or when `patience` evaluations in a row have not improved. An interrupted run goes
     on where it was saved last when it is started again. Returns the best loss in nats a character.
     """
+    if n_embd % n_head:
+        raise TrainingError(f"n_embd {n_embd} cannot be shared out to n_head {n_head}: make it a multiple")
     directory = Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
     state_path = directory / "training_state.npz"
-    characters = Path(text).read_text(encoding="utf-8")
-    border = len(characters) * 9 // 10
-    if state_path.exists():
-        encoder = get_encoder(directory)
-    else:
-        encoder = train_encoder(characters[:border], n_vocab)
+    train_text, valid_text = read_and_split(text)
+    resuming = state_path.exists()
+    encoder = get_encoder(directory) if resuming else train_encoder(train_text, n_vocab)
+    train_ids, valid_ids = encoder.encode(train_text), encoder.encode(valid_text)
+    if len(valid_ids) < n_ctx:
+        raise TrainingError(
+            f"{text}: the last tenth has {len(valid_ids)} tokens, less than one window of {n_ctx}"
+        )
+    if not resuming:
         encoder.save(directory)
-    train_ids, valid_ids = encoder.encode(characters[:border]), encoder.encode(characters[border:])
-    hparams = dict(n_vocab=len(encoder.encoder), n_ctx=n_ctx, n_embd=n_embd, n_head=n_head, n_layer=n_layer)
+    hparams = {
+        "n_vocab": encoder.n_vocab,
+        "n_ctx": n_ctx,
+        "n_embd": n_embd,
+        "n_head": n_head,
+        "n_layer": n_layer,
+    }
 
     windows = Windows(train_ids, encoder, n_ctx, batch_size, seed)
     optimizer = make_optimizer(learning_rate, weight_decay, n_steps)
@@ -226,7 +257,7 @@ def train(
     params = jax.tree.map(jnp.asarray, init_params(hparams, seed))
     state = {"params": params, "average": jax.tree.map(jnp.copy, params), "optimizer": optimizer.init(params)}
     progress = {"done": 0, "best": float("inf"), "best_at": 0}
-    if state_path.exists():
+    if resuming:
         state, progress = load_state(state_path, state)
 
     key = jax.random.key(seed, impl="rbg")
@@ -252,4 +283,8 @@ def train(
 if __name__ == "__main__":
     import fire
 
-    fire.Fire(train)
+    try:
+        fire.Fire(train)
+    except PicogptError as error:
+        print(f"picogpt.train: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,8 +1,8 @@
 """The tokenizer against tiktoken, Hugging Face's tokenizers, and ids and counts that others have recorded."""
 
+import copy
 import json
 import os
-import pickle
 import subprocess
 import sys
 import unicodedata
@@ -19,17 +19,17 @@ from picogpt.encoder import Encoder, EncoderError, get_encoder
 VOCABULARY = Path(encoder.__file__).with_name("vocabulary")
 TEXTS = "text/tinyshakespeare_input.txt text/the-verdict.txt text/alice_pg11-0.txt eval/lambada_test.jsonl "
 TEXTS += "eval/wikitext-2-test.txt eval/wikitext-2-valid.txt"
-# What the pattern, the merges and UTF-8 each treat in a way of their own, to be put together at random.
-FRAGMENTS = "the| hello| world|Hello|'s|'S|'ll|'|’t| |  |   |\t|\n|\n\n|\r\n|\xa0|\u3000|\u2028|\x1c|\x85|\u200b|0|007|1234567|½|²|٣|"
-FRAGMENTS += "<|endoftext|>|<|end|?!|...|=====|_|-|é|e\u0301|ß|ſ|ﬁ|你好|日本語|한국어|ไทย|עברית|العربية|हिन्दी|😀|👩‍👩‍👧|🏳️‍🌈|\ufeff|\ufffd|\x00|\x7f|zjqfl|aaaaaaaa"
+# What the pattern, the merges and UTF-8 each treat in a way of their own. Hash and @ stand for longer texts.
+ODD = "'sStTrReEvVmMlLdD  \t\n\r\xa0\u3000\u2028\x1c\x85\u200b\x00\x7f\ufeff\ufffd059½²٣aA!?.=-_<|>"
+ODD += "éß\u0301ﬁ你語한ไहि्עب😀👧\u200d\ufe0f##@@"
 
 slow_but_right = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def text_strategy():
-    """Any Unicode text, or one out of fragments; but for characters newer than Python's tables or tiktoken's."""
-    any_text = st.text(st.characters(exclude_categories=["Cs", "Cn"]))
-    return any_text | st.lists(st.sampled_from(FRAGMENTS.split("|")) | any_text, max_size=12).map("".join)
+def texts() -> st.SearchStrategy[str]:
+    """Any Unicode text, but for characters newer than Python's tables: those, tiktoken may not know either."""
+    odd = st.text(ODD).map(lambda text: text.replace("#", " hello").replace("@", "<|endoftext|>"))
+    return odd | st.text(st.characters(exclude_categories=["Cs", "Cn"]))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_ids_of_whole_texts_are_tiktokens(gpt2, oracle, assets, name):
 
 
 @settings(slow_but_right, max_examples=10_000)
-@given(text=text_strategy())
+@given(text=texts())
 def test_ids_of_any_text_are_tiktokens(gpt2, oracle, text):
     ids = gpt2.encode(text)
     assert ids == oracle.encode_ordinary(text)
@@ -77,7 +77,7 @@ def test_ids_of_any_text_are_tiktokens(gpt2, oracle, text):
 
 
 @settings(slow_but_right, max_examples=500)
-@given(text=text_strategy())
+@given(text=texts())
 def test_a_text_cut_into_chunks_has_the_same_ids(gpt2, oracle, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder, "CHUNK", 1)
@@ -113,7 +113,7 @@ def test_recorded_ids_and_counts(gpt2, assets):
     [
         ("Not all heroes wear capes.", [3673, 477, 10281, 5806, 1451, 274, 13]),  # the article
         ("hello world", [31373, 995]),  # tiktoken's tests
-        ("hello <|endoftext|>", [31373, 220, 27, 91, 437, 1659, 5239, 91, 29]),
+        ("hello <|endoftext|>", [31373, 1279, 91, 437, 1659, 5239, 91, 29]),
         ("Alan Turing theorized that computers would one day become",  # picoGPT's README
          [36235, 39141, 18765, 1143, 326, 9061, 561, 530, 1110, 1716]),
         ("The Eiffel Tower is in the city of", [464, 412, 733, 417, 8765, 318, 287, 262, 1748, 286]),  # nnsight
@@ -156,12 +156,19 @@ def test_attributes_as_in_the_article(gpt2):
 def test_special_tokens_only_when_allowed(gpt2, oracle):
     text = "one<|endoftext|> two <|endoftext|><|endoftext|>"
     assert 50256 not in gpt2.encode(text)
+    assert gpt2.encode("hello <|endoftext|>", allowed_special="all") == [31373, 220, 50256]  # tiktoken's tests
     for allowed in ("all", {"<|endoftext|>"}, ["<|endoftext|>"]):
         assert gpt2.encode(text, allowed_special=allowed) == oracle.encode(text, allowed_special="all")
     assert gpt2.decode(gpt2.encode(text, allowed_special="all")) == text
     for wrong in ({"<|pad|>"}, "<|endoftext|>"):  # the second would be allowing its letters
         with pytest.raises(EncoderError, match="is no special token here"):
             gpt2.encode(text, allowed_special=wrong)
+
+
+def test_of_special_tokens_that_begin_alike_the_longest_counts():
+    encoder_ = Encoder(BYTES | {"<|a|>": 256, "<|a|>b": 257, "<|a|>bc": 258}, [])
+    assert encoder_.encode("<|a|>bcd<|a|>", "all") == [258, BYTES["d"], 256]
+    assert encoder_.encode("<|a|>bcd", {"<|a|>", "<|a|>b"}) == [257, BYTES["c"], BYTES["d"]]
 
 
 def test_half_a_surrogate_pair_is_named_with_its_place(gpt2):
@@ -181,7 +188,7 @@ def test_the_work_grows_with_the_length_not_with_its_square(gpt2, text):
             return super().get(*arguments)
 
     def work(text: str) -> int:
-        vocabulary = pickle.loads(pickle.dumps(gpt2))
+        vocabulary = copy.copy(gpt2)
         vocabulary.bpe_ranks = Counted(gpt2.bpe_ranks)
         vocabulary.encode(text)
         return vocabulary.bpe_ranks.looked_up
@@ -231,7 +238,7 @@ def id_lists():
     return st.lists(st.integers(0, 255) | st.sampled_from(range(94, 256)) | st.integers(0, 50256), max_size=30)
 
 
-@settings(slow_but_right, max_examples=3000)
+@settings(slow_but_right, max_examples=1000)
 @given(ids=id_lists())
 def test_streamed_text_is_the_decoded_text(gpt2, oracle, ids):
     stream = gpt2.stream_decoder()
@@ -242,7 +249,7 @@ def test_streamed_text_is_the_decoded_text(gpt2, oracle, ids):
 
 
 def test_streaming_waits_for_whole_characters_and_no_longer(gpt2):
-    text = "naïve 👩‍👩‍👧 日本語 𝔘𝔫𝔦 ok"
+    text = "naïve 👩‍👩‍👧 日本語 😀 ok"
     ids = gpt2.encode(text)
     stream = gpt2.stream_decoder()
     seen = ""
@@ -250,7 +257,6 @@ def test_streaming_waits_for_whole_characters_and_no_longer(gpt2):
         seen += stream.feed(i)
         assert seen == gpt2.decode_bytes(ids[:n]).decode("utf-8", "ignore")
     assert (seen, stream.flush()) == (text, "")
-    assert stream.feed(ids[ids.index(50169) if 50169 in ids else -2]) is not None
 
 
 # Showing the work
@@ -265,7 +271,7 @@ def replayed(piece) -> list[str]:
 
 
 @settings(slow_but_right, max_examples=500)
-@given(text=text_strategy())
+@given(text=texts())
 def test_explained_merges_lead_to_the_ids(gpt2, oracle, text):
     pieces = gpt2.explain(text)
     assert "".join(piece.text for piece in pieces) == text
@@ -345,6 +351,9 @@ def test_vocab_json_and_merges_txt_of_the_tokenizers_library(tmp_path):
     assert small.encode("zebra") == tokenizer.encode("zebra").ids
     assert small.encode("<|im start|>zebra<pad>", "all") == [400, 401, 1]
     assert small.decode([400, 401, 1]) == "<|im start|>zebra<pad>"
+    with pytest.raises(EncoderError, match="cannot say that 'zebra' is a special token"):
+        small.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_tokenizer_json_of_the_tokenizers_library(tmp_path):
@@ -355,13 +364,14 @@ def test_tokenizer_json_of_the_tokenizers_library(tmp_path):
     text = "<pad>import two words<|endoftext|>pytest"
     assert small.encode(text, "all") == tokenizer.encode(text).ids
     assert small.decode(small.encode(text, "all")) == text
-    as_pairs = small.encode("import pytest")
-    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    content["model"]["merges"] = [
-        merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]
-    ]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    assert get_encoder(tmp_path).encode("import pytest") == as_pairs == tokenizer.encode("import pytest").ids
+
+
+def test_merges_of_a_tokenizer_json_as_strings_and_as_lists(tmp_path):
+    for merges in (["h e", "he l"], [["h", "e"], ["he", "l"]]):
+        model = TOKENIZER_JSON["model"] | {"vocab": BYTES | TOKENS, "merges": merges}
+        content = TOKENIZER_JSON | {"model": model, "added_tokens": []}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        assert get_encoder(tmp_path).encode("hello") == [257, BYTES["l"], BYTES["o"]]
 
 
 def test_directory_that_transformers_saved(gpt2, tmp_path):
@@ -375,67 +385,76 @@ def test_directory_that_transformers_saved(gpt2, tmp_path):
     assert (ours.n_vocab, ours.end_of_text, ours.special_tokens["<pad>"]) == (50258, 50256, 50257)
 
 
-BYTES = {symbol: byte for byte, symbol in enumerate(sorted(encoder.SYMBOL_OF_BYTE.values()))}
+BYTES = {symbol: i for i, symbol in enumerate(sorted(encoder.SYMBOL_OF_BYTE.values()))}
 
 
-def test_merges_need_no_header_and_may_end_in_crlf(tmp_path):
-    (tmp_path / "encoder.json").write_text(json.dumps(BYTES | {"he": 256, "hel": 257}))
-    for content in (b"h e\nhe l\n", b"h e\nhe l", b"#version: 0.2\r\nh e\r\nhe l\r\n"):
-        (tmp_path / "vocab.bpe").write_bytes(content)
-        assert get_encoder(tmp_path).encode("hello") == [257, BYTES["l"], BYTES["o"]]
+def write_pair(directory: Path, tokens, merges: str | bytes) -> None:
+    """The two files of a vocabulary. `tokens`, if a dict, come after the bytes; else they are encoder.json."""
+    tokens = json.dumps(BYTES | tokens) if isinstance(tokens, dict) else tokens
+    for name, content in (("encoder.json", tokens), ("vocab.bpe", merges)):
+        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
 
-GOOD = {"encoder.json": json.dumps(BYTES | {"he": 256, "hel": 257}), "vocab.bpe": "#version: 0.2\nh e\nhe l\n"}
+TOKENS, MERGES = {"he": 256, "hel": 257}, "#version: 0.2\nh e\nhe l\n"
+
+
+@pytest.mark.parametrize("merges", [MERGES, "h e\nhe l\n", "h e\nhe l", MERGES.replace("\n", "\r\n")])
+def test_merges_with_and_without_header_and_line_ends(tmp_path, merges):
+    write_pair(tmp_path, TOKENS, merges)
+    assert get_encoder(tmp_path).encode("hello") == [257, BYTES["l"], BYTES["o"]]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("tokens", "merges", "message"),
     [
-        ("encoder.json", None, "holds no vocabulary: it needs encoder.json"),
-        ("vocab.bpe", None, "cannot read vocab.bpe"),
-        ("encoder.json", '{"!": 0', "encoder.json is not JSON: Expecting"),
-        ("encoder.json", "", "encoder.json is not JSON"),
-        ("encoder.json", "[" * 100_000, "encoder.json is not JSON"),
-        ("encoder.json", b'{"\xff": 0}', "cannot read encoder.json.*0xff in position 2"),
-        ("vocab.bpe", b"h e\nhe \xc4", "cannot read vocab.bpe.*0xc4 in position 7"),
-        ("encoder.json", "[1, 2]", "not laid out as it should be"),
-        ("encoder.json", "null", "not laid out as it should be"),
-        ("encoder.json", json.dumps(BYTES | {"he": [256], "hel": 257}), "not laid out as it should be"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256, "hel": 256}), "token 'he' has id 256: ids are 0 to 257, each once"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256, "hel": 258}), "token 'hel' has id 258"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256, "hel": -1}), "token 'hel' has id -1"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256, "hel": "257"}), "token 'hel' has id '257'"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256, "hel": 257.0}), r"token 'hel' has id 257\.0"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256, "hel": True}), r"token '\"' has id 1|token 'hel' has id True"),
-        ("encoder.json", "{}", "lacks '!', the symbol of a byte"),
-        ("encoder.json", json.dumps({"he" if s == "A" else s: i for s, i in BYTES.items()}), "lacks 'A', the symbol of a byte"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256}), "merge 1, 'he l', makes no token of the vocabulary"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256, "hel": 257, "lo": 258}), "no merge makes the token 'lo'"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256, "hel": 257, "▁lo": 258}), "no merge makes the token '▁lo'"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256, "hel": 257, "": 258}), "no merge makes the token ''"),
-        ("encoder.json", json.dumps(BYTES | {"he": 256, "hel": 257, "ð!": 258}), "no merge makes the token 'ð!'"),
-        ("vocab.bpe", "#version: 0.2\nh e\n", "no merge makes the token 'hel'"),
-        ("vocab.bpe", "", "the merge '' is not two symbols"),
-        ("vocab.bpe", "#version: 0.2\nh e\nhel\n", "the merge 'hel' is not two symbols"),
-        ("vocab.bpe", "#version: 0.2\nh e\n\nhe l\n", "the merge '' is not two symbols"),
-        ("vocab.bpe", "#version: 0.2\nh e\nh e l\n", "the merge 'h e l' is not two symbols"),
-        ("vocab.bpe", "#version: 0.2\nh e\nhe l\nl o\n", "merge 2, 'l o', makes no token"),
-        ("vocab.bpe", "#version: 0.2\nh e\nhe l\nh e\n", "'h e', is in the list twice"),
-        ("vocab.bpe", "<!DOCTYPE html>\n<p>404 not found</p>\n", "makes no token|not two symbols"),
+        ('{"!": 0', MERGES, "cannot read encoder.json: Expecting"),
+        ("", MERGES, "cannot read encoder.json"),
+        ("[" * 100_000, MERGES, "cannot read encoder.json"),
+        (b'{"\xff": 0}', MERGES, "cannot read encoder.json.*0xff in position 2"),
+        (TOKENS, b"h e\nhe \xc4", "cannot read vocab.bpe.*0xc4 in position 7"),
+        ("[1, 2]", MERGES, "not laid out as it should be"),
+        ("null", MERGES, "not laid out as it should be"),
+        ({"he": [256], "hel": 257}, MERGES, "not laid out as it should be"),
+        ({"he": 256, "hel": 256}, MERGES, "'he' has id 256: ids are 0 to 257, each once"),
+        ({"he": 256, "hel": 258}, MERGES, "'hel' has id 258"),
+        ({"he": 256, "hel": -1}, MERGES, "'hel' has id -1"),
+        ({"he": 256, "hel": "257"}, MERGES, "'hel' has id '257'"),
+        ({"he": 256, "hel": 257.0}, MERGES, r"'hel' has id 257\.0"),
+        ({"!": False, **TOKENS}, MERGES, "'!' has id False"),
+        ("{}", MERGES, "lacks '!', the symbol of a byte"),
+        (json.dumps({symbol.replace("A", "he"): i for symbol, i in BYTES.items()}), "h e\n", "lacks 'A'"),
+        ({"he": 256}, MERGES, "merge 1, 'he l', makes no token of the vocabulary"),
+        (TOKENS | {"lo": 258}, MERGES, "no merge makes the token 'lo': is the list of merges cut short"),
+        (TOKENS | {"▁lo!": 258}, MERGES, "no merge makes the token '▁lo!'"),
+        (TOKENS | {"": 258}, MERGES, "no merge makes the token ''"),
+        (TOKENS | {"ð!": 258}, MERGES, "no merge makes the token 'ð!'"),
+        (TOKENS, "#version: 0.2\nh e\n", "no merge makes the token 'hel'"),
+        (TOKENS, "", "the merge '' is not two symbols"),
+        (TOKENS, "#version: 0.2\nh e\nhel\n", "the merge 'hel' is not two symbols"),
+        (TOKENS, "#version: 0.2\nh e\n\nhe l\n", "the merge '' is not two symbols"),
+        (TOKENS, "#version: 0.2\nh e\nh e l\n", "the merge 'h e l' is not two symbols"),
+        (TOKENS, MERGES + "l o\n", "merge 2, 'l o', makes no token"),
+        (TOKENS, MERGES + "h e\n", "'h e', is in the list twice"),
+        (TOKENS, "<!DOCTYPE html>\n", "'<!DOCTYPE html>', makes no token"),
     ],
-)  # fmt: skip
-def test_damaged_files_are_named_with_what_is_wrong(tmp_path, name, content, message):
-    for file, good in GOOD.items():
-        (tmp_path / file).write_text(good, encoding="utf-8")
-    assert get_encoder(tmp_path).n_vocab == 258
-    if content is None:
-        (tmp_path / name).unlink()
-    else:
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+)
+def test_damaged_files_are_named_with_what_is_wrong(tmp_path, tokens, merges, message):
+    write_pair(tmp_path, tokens, merges)
     with pytest.raises(EncoderError, match=message) as raised:
         get_encoder(tmp_path)
-    assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert isinstance(raised.value, PicogptError)
+
+
+def test_missing_files_are_named(tmp_path):
+    for directory in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(EncoderError, match=f"{directory} holds no vocabulary: it needs encoder.json"):
+            get_encoder(directory)
+    write_pair(tmp_path, TOKENS, MERGES)
+    (tmp_path / "vocab.bpe").unlink()
+    with pytest.raises(EncoderError, match=r"cannot read vocab.bpe: .*No such file"):
+        get_encoder(tmp_path)
 
 
 TOKENIZER_JSON = {
@@ -460,7 +479,7 @@ TOKENIZER_JSON = {
         ("model", {"merges": [["", "he"]]}, "the merge ' he' is not two symbols"),
         ("model", {"vocab": None}, "not laid out"),
         ("normalizer", {"type": "NFC"}, "normalizer.type is 'NFC'"),
-        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Split"}]}, "pre_tokenizer.type is 'Sequence'"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": []}, "pre_tokenizer.type is 'Sequence'"),
         ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer.type is 'Whitespace'"),
         ("pre_tokenizer", {"add_prefix_space": True}, "pre_tokenizer.add_prefix_space is True"),
         ("pre_tokenizer", {"use_regex": False}, "pre_tokenizer.use_regex is False"),
@@ -468,6 +487,7 @@ TOKENIZER_JSON = {
         ("added_tokens", [{"id": 300, "content": "<pad>"}], "'<pad>' has id 300"),
         ("added_tokens", [{"id": 256, "content": "<pad>"}], "'he' has id 256"),
         ("added_tokens", ["<pad>"], "not laid out"),
+        ("added_tokens", [{"id": 257, "content": "\ud800"}], "not laid out"),
         ("model", None, "not laid out"),
     ],
 )  # fmt: skip
@@ -479,12 +499,8 @@ def test_tokenizer_json_of_another_kind_is_refused_by_name(tmp_path, part, chang
     file.write_text(json.dumps(TOKENIZER_JSON | {part: new}), encoding="utf-8")
     with pytest.raises(EncoderError, match=message) as raised:
         get_encoder(tmp_path)
-    assert "tokenizer.json" in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_a_directory_that_is_not_there(tmp_path):
-    with pytest.raises(EncoderError, match="nowhere holds no vocabulary: it needs encoder.json"):
-        get_encoder(tmp_path / "nowhere")
+    assert "tokenizer.json" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 # The command

@@ -2,7 +2,6 @@
 
 import base64
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +57,13 @@ def close(found, expected, tolerance, name=""):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance, err_msg=name)
 
 
-def record(params, ids, n_head):
-    """A copy of every intermediate by its name, in the order in which they came."""
+def intermediates(params, ids, n_head):
+    """Every intermediate by its name, in the order in which they came, copied as the tap's contract asks."""
     seen = {}
 
     def tap(name, x):
         assert name not in seen
-        seen[name] = np.array(x)
+        seen[name] = x.copy()
         return x
 
     gpt2(ids, **with_taps(params, tap), n_head=n_head)
@@ -98,7 +97,7 @@ class TestTransformers:
         oracle = transformers_model(params, n_head)
         with torch.no_grad():
             expected = oracle(torch.tensor([ids]), output_hidden_states=True, output_attentions=True)
-        seen = record(params, ids, n_head)
+        seen = intermediates(params, ids, n_head)
         for i in range(SMALL["n_layer"]):
             close(seen[f"blocks.{i}.hook_resid_pre"], expected.hidden_states[i][0].numpy(), 1e-10)
             close(seen[f"blocks.{i}.attn.hook_pattern"], expected.attentions[i][0].numpy(), 1e-10)
@@ -150,7 +149,7 @@ def test_every_recorded_activation_of_the_sorting_model(assets):
     blocks, ln_f = [block(f"h.{i}") for i in range(3)], leaves("ln_f", "g")
     tables = {name: weights[f"{name}.weight"] for name in ("wte", "wpe", "lm_head")}
     for row, ids in enumerate(recorded["idx"].astype(int)):
-        seen = record({**tables, "blocks": blocks, "ln_f": ln_f}, ids, n_head=3)
+        seen = intermediates({**tables, "blocks": blocks, "ln_f": ln_f}, ids, n_head=3)
 
         def first(name, seen=seen):
             return seen[f"blocks.0.{name}"]
@@ -191,7 +190,7 @@ def test_every_recorded_activation_of_the_sorting_model(assets):
 
 class TestTaps:
     def test_names_are_those_of_transformer_lens_in_its_order(self, small):
-        assert list(record(*small)) == [
+        assert list(intermediates(*small)) == [
             "hook_embed",
             "hook_pos_embed",
             "blocks.0.hook_resid_pre",
@@ -240,7 +239,7 @@ class TestTaps:
         def plain(params):
             return gpt2(ids, **params, n_head=LONG["n_head"])
 
-        watched = record(params, ids, LONG["n_head"])["logits"]
+        watched = intermediates(params, ids, LONG["n_head"])["logits"]
         close(watched, plain(params), 4 * rounding_noise(plain, params))
 
     def test_the_tree_that_was_given_stays_as_it_is(self, small):
@@ -269,7 +268,7 @@ class TestTaps:
 
     def test_every_answer_is_used(self, small):
         params, ids, n_head = small
-        untouched = record(params, ids, n_head)
+        untouched = intermediates(params, ids, n_head)
         for i, name in enumerate(untouched):
             seen = {}
 
@@ -285,7 +284,7 @@ class TestTaps:
 
     def test_patching_the_residual_stream_replaces_everything_before_it(self, small):
         params, ids, n_head = small
-        other = record(params, ids[::-1], n_head)
+        other = intermediates(params, ids[::-1], n_head)
 
         def patch(name, x):
             return other[name] if name == "blocks.0.hook_resid_post" else x
@@ -325,13 +324,16 @@ class TestArguments:
         close(gpt2(given, **params, n_head=n_head), gpt2(ids, **params, n_head=n_head), 0)
         assert list(given) == ids
 
-    @pytest.mark.parametrize("convert", [lambda params: params, jax_params], ids=["numpy", "jax"])
-    def test_all_positions_and_one_more(self, small, convert):
+    def test_as_many_tokens_as_positions(self, small):
         params, _, n_head = small
-        params, n_ctx = convert(params), SMALL["n_ctx"]
+        n_ctx = SMALL["n_ctx"]
         assert gpt2([0] * n_ctx, **params, n_head=n_head).shape == (n_ctx, SMALL["n_vocab"])
+
+    @pytest.mark.parametrize("convert", [lambda params: params, jax_params], ids=["numpy", "jax"])
+    def test_one_token_more(self, small, convert):
+        params, _, n_head = small
         with pytest.raises(ValueError, match="20 tokens do not fit into the model's 19 positions"):
-            gpt2([0] * (n_ctx + 1), **params, n_head=n_head)
+            gpt2([0] * 20, **convert(params), n_head=n_head)
 
     def test_integers_as_in_the_article(self):
         close(gelu(np.array([1, -2])), gelu(np.array([1.0, -2.0])), 0)
@@ -377,89 +379,79 @@ def primitives(dtype, array):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("module", ["numpy", "jax.numpy"])
 class TestDtype:
-    def test_every_function_keeps_it_and_leaves_its_arguments_alone(self, module, dtype):
-        with jax_x64() if module == "jax.numpy" else nullcontext():
-            array = pytest.importorskip(module).asarray
-            for name, function in primitives(dtype, array).items():
-                assert function().dtype == dtype, name
+    """What comes in decides. JAX tells the dtype of a result without computing it."""
 
-    def test_every_intermediate_has_it(self, module, dtype):
-        with jax_x64() if module == "jax.numpy" else nullcontext():
-            params = tree_map(pytest.importorskip(module).asarray, random_params(**SMALL, dtype=dtype))
-            assert {x.dtype.name for x in record(params, [1, 2, 3], SMALL["n_head"]).values()} == {dtype}
+    def test_every_function_keeps_it_and_leaves_its_arguments_alone(self, dtype):
+        for name, function in primitives(dtype, np.asarray).items():
+            assert function().dtype == dtype, name
+
+    def test_every_function_keeps_it_on_jax(self, dtype):
+        with jax_x64():
+            import jax
+
+            for name, function in primitives(dtype, jax.numpy.asarray).items():
+                assert jax.eval_shape(function).dtype == dtype, name
+
+    def test_every_intermediate_has_it(self, dtype):
+        params = random_params(**SMALL, dtype=dtype)
+        assert {x.dtype.name for x in intermediates(params, [1, 2, 3], SMALL["n_head"]).values()} == {dtype}
+        with jax_x64():
+            import jax
+
+            seen = jax.eval_shape(intermediates, jax_params(params), np.array([1, 2, 3]), SMALL["n_head"])
+            assert {x.dtype.name for x in seen.values()} == {dtype}
 
 
 class TestJAX:
-    """The same functions on the other array library. NumPy's float64 logits agree with torch's: see above."""
+    """The same functions on the other array library, float64 unless said; NumPy's logits agree with torch's."""
 
     @pytest.fixture
-    def on_jax(self, small):
-        params, ids, n_head = small
+    def jax(self):
         with jax_x64():
-            yield jax_params(params), ids, n_head, gpt2(ids, **params, n_head=n_head)
+            import jax
 
-    def test_plain(self, on_jax):
-        params, ids, n_head, expected = on_jax
+            yield jax
+
+    def test_plain_and_jit(self, jax, small):
+        params, ids, n_head = small
+        expected, params = gpt2(ids, **params, n_head=n_head), jax_params(params)
         logits = gpt2(ids, **params, n_head=n_head)
         assert type(logits) is type(params["wte"])
         close(np.asarray(logits), expected, 1e-12)
-
-    def test_plain_past_a_block_of_queries(self):
-        with jax_x64():
-            params, ids = random_params(**LONG), random_ids(287, LONG["n_vocab"])
-            expected = gpt2(ids, **params, n_head=LONG["n_head"])
-            close(np.asarray(gpt2(ids, **jax_params(params), n_head=LONG["n_head"])), expected, 1e-11)
-
-    def test_jit(self, on_jax):
-        import jax
-
-        params, ids, n_head, expected = on_jax
         compiled = jax.jit(gpt2, static_argnames="n_head")
         close(np.asarray(compiled(np.array(ids), **params, n_head=n_head)), expected, 1e-12)
         with pytest.raises(ValueError, match="do not fit"):
             compiled(np.zeros(20, int), **params, n_head=n_head)
 
-    def test_vmap_as_in_the_article(self, on_jax):
-        import jax
+    def test_past_a_block_of_queries(self, jax):
+        params, ids = random_params(**LONG), random_ids(287, LONG["n_vocab"])
+        logits = jax.jit(gpt2, static_argnames="n_head")(np.array(ids), **params, n_head=LONG["n_head"])
+        close(np.asarray(logits), gpt2(ids, **params, n_head=LONG["n_head"]), 1e-11)
 
-        params, ids, n_head, expected = on_jax
+    def test_vmap_as_in_the_article(self, jax, small):
+        params, ids, n_head = small
         batched = jax.vmap(gpt2, in_axes=[0, None, None, None, None, None])
-        batch = np.array([ids, ids[::-1]])
-        leaves = params["wte"], params["wpe"], params["blocks"], params["ln_f"]
-        logits = np.asarray(batched(batch, *leaves, n_head))
-        close(logits[0], expected, 1e-12)
-        close(logits[1], np.asarray(gpt2(ids[::-1], **params, n_head=n_head)), 1e-12)
+        batch, leaves = np.array([ids, ids[::-1]]), list(jax_params(params).values())
+        logits = jax.jit(lambda batch: batched(batch, *leaves, n_head))(batch)
+        for row, inputs in zip(logits, batch, strict=True):
+            close(np.asarray(row), gpt2(inputs, **params, n_head=n_head), 1e-12)
 
-    def test_taps_under_jit(self, on_jax, small):
-        import jax
-
-        params, ids, n_head, _ = on_jax
-
-        @jax.jit
-        def traced(params, ids):
-            seen = {}
-
-            def tap(name, x):
-                seen[name] = x
-                return x
-
-            gpt2(ids, **with_taps(params, tap), n_head=n_head)
-            return seen
-
-        found, expected = traced(params, np.array(ids)), record(*small)
+    def test_taps_under_jit(self, jax, small):
+        params, ids, n_head = small
+        expected = intermediates(params, ids, n_head)
+        found = jax.jit(intermediates, static_argnums=2)(jax_params(params), np.array(ids), n_head)
         assert found.keys() == expected.keys()
         for name, x in expected.items():
             close(np.asarray(found[name]), x, 1e-12, name)
 
     def test_float32(self):
-        pytest.importorskip("jax")
+        jax = pytest.importorskip("jax")
         params, ids = random_params(**LONG, dtype=np.float32), random_ids(200, LONG["n_vocab"])
 
         def plain(params):
             return gpt2(ids, **params, n_head=LONG["n_head"])
 
-        logits = plain(jax_params(params))
+        logits = jax.jit(plain)(params)
         assert logits.dtype == np.float32
         close(np.asarray(logits), plain(astype(params, np.float64)), 4 * rounding_noise(plain, params))

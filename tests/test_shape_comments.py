@@ -57,7 +57,7 @@ def bind(stated, shape, sizes):
 
 
 def check(source):
-    """Run `source`, compare, and return which shapes of which lines were seen. AssertionError for a wrong one."""
+    """Run `source`, compare, and return the shapes seen, (line, which); AssertionError if one is wrong."""
     comments, functions, statements, checked = comments_with_arrows(source), {}, {}, set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
@@ -90,10 +90,8 @@ def check(source):
                 compare(running.lineno, RESULT, [frame.f_locals[running.targets[0].id]], sizes)
             running, node = None, statements.get(frame.f_lineno)
             if event == "line" and node:
-                names = [name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)]
-                arrays = [
-                    frame.f_locals[name] for name in names if isinstance(frame.f_locals.get(name), np.ndarray)
-                ]
+                names = (name.id for name in ast.walk(node.value) if isinstance(name, ast.Name))
+                arrays = [x for x in map(frame.f_locals.get, names) if isinstance(x, np.ndarray)]
                 for which in range(len(comments[node.lineno]) - 1):
                     compare(node.lineno, which, arrays, sizes)
                 running = node if isinstance(node, ast.Assign) else None

@@ -253,6 +253,36 @@ def test_nonsense_with_a_right_crc(tmp_path, case):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
+def seal(block: bytes) -> bytes:
+    return block + b"\0" + struct.pack("<I", masked_crc32c(block + b"\0"))
+
+
+ONE_RESTART = struct.pack("<2I", 0, 1)
+BROKEN_BLOCKS = {
+    "shares too much": (b"\x05\x01\x00a" + ONE_RESTART, 1, "the entry after the key b'' does not fit"),
+    "key too long": (b"\x00\x7f\x00a" + ONE_RESTART, 1, "the entry after the key b'' does not fit"),
+    "value too long": (b"\x00\x01\x7fa" + ONE_RESTART, 1, "the entry after the key b'' does not fit"),
+    "too many restarts": (
+        struct.pack("<2I", 0, 1 << 31),
+        1,
+        "a block of 8 bytes claims 2147483648 restart points",
+    ),
+    "no restarts": (b"\0", 1, "a block of 1 bytes claims 0 restart points"),
+    "again and again": (ONE_RESTART, 2, "its blocks overlap"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_BLOCKS)
+def test_broken_blocks_with_a_right_crc(tmp_path, case):
+    block, times, message = BROKEN_BLOCKS[case]
+    data, metaindex = seal(block), seal(ONE_RESTART)
+    index = seal((b"\x00\x00\x02\x00" + bytes([len(block)])) * times + ONE_RESTART)
+    footer = bytes([len(data), 8, len(data) + len(metaindex), len(index) - 5]).ljust(40, b"\0")
+    (tmp_path / "x.index").write_bytes(data + metaindex + index + footer + bytes.fromhex("57fb808b247547db"))
+    with pytest.raises(CheckpointError, match=message):
+        read_index(tmp_path / "x")
+
+
 def test_compressed_blocks_are_refused(bundle):
     index = index_of(bundle).read_bytes()
     assert reseal(index) == index
@@ -329,10 +359,9 @@ FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCh
 )
 def test_any_table_of_any_values(tmp_path, pairs, header):
     """Keys and values from the blue, in a sound table: an answer, or our error."""
-    table = sorted(dict(pairs).items())
-    table = [(b"", HEADER), *(pair for pair in table if pair[0])] if header else table or [(b"", b"")]
-    table = [(key, value) for key, value in table if key[:1] != b"\xff"]
-    (tmp_path / "x.index").write_bytes(encode_table(table or [(b"", HEADER)]))
+    table = sorted((key, value) for key, value in dict(pairs).items() if key[:1] not in (b"", b"\xff"))
+    table = [(b"", HEADER if header else b""), *table]
+    (tmp_path / "x.index").write_bytes(encode_table(table))
     (tmp_path / "x.data-00000-of-00001").write_bytes(bytes(64))
     try:
         tensors = read_bundle(tmp_path / "x", verify=True)

@@ -1,11 +1,8 @@
-"""Training: the loss against torch, what dropout and weight decay touch, and a run that resumes where it stopped."""
+"""Training: the loss against torch, what dropout and weight decay touch, a run that resumes as it stopped."""
 
+import jax
 import numpy as np
 import pytest
-
-jax = pytest.importorskip("jax")
-pytest.importorskip("optax")
-pytest.importorskip("tokenizers")
 
 from picogpt import PicogptError, train
 from picogpt.checkpoint import load_encoder_hparams_and_params
@@ -13,7 +10,9 @@ from picogpt.encoder import get_encoder
 from picogpt.model import gpt2, with_taps
 
 HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 24, "n_head": 3, "n_layer": 2}
-TEXT = "\n\n".join(f"Speaker {i % 7}:\nIt is said {i} times that {i * i} is more than enough of it." for i in range(300))
+TEXT = "\n\n".join(
+    f"Speaker {i % 7}:\nIt is said {i} times that {i * i} is more than enough of it." for i in range(300)
+)
 SMALL = {"n_vocab": 300, "n_ctx": 16, "n_embd": 24, "n_head": 3, "n_layer": 1, "batch_size": 4, "eval_every": 5}
 
 
@@ -64,7 +63,9 @@ def test_dropout_drops_its_share_in_four_kinds_of_places_and_keeps_the_mean(para
         return x
 
     gpt2(list(range(16)), **with_taps(params, spy), n_head=3)
-    inside = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.hook_pattern", "hook_attn_out", "hook_mlp_out")]
+    inside = [
+        f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.hook_pattern", "hook_attn_out", "hook_mlp_out")
+    ]
     assert dropped == ["blocks.0.hook_resid_pre", *inside]
 
     y = tap("blocks.0.hook_attn_out", jax.numpy.ones(100_000))
@@ -100,8 +101,7 @@ def test_vocabulary_gives_the_tokenizers_librarys_ids():
     from tokenizers import ByteLevelBPETokenizer
 
     encoder = train.train_encoder(TEXT, 300)
-    merges = list(encoder.bpe_ranks) if hasattr(encoder, "bpe_ranks") else encoder.bpe_merges
-    peer = ByteLevelBPETokenizer(vocab=dict(encoder.encoder), merges=merges)
+    peer = ByteLevelBPETokenizer(vocab=dict(encoder.encoder), merges=list(encoder.bpe_ranks))
     assert len(encoder.encoder) == 300 and encoder.encoder["<|endoftext|>"] == 299
     assert encoder.encode(TEXT) == peer.encode(TEXT).ids
 
@@ -142,7 +142,9 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(text_file, tmp_
         patch.setattr(train.Windows, "batch", interrupted)
         run("twice")
     assert run("twice") == through
-    ours, theirs = ((tmp_path / name / "model.ckpt.data-00000-of-00001").read_bytes() for name in ("twice", "through"))
+    ours, theirs = (
+        (tmp_path / name / "model.ckpt.data-00000-of-00001").read_bytes() for name in ("twice", "through")
+    )
     assert ours == theirs
 
 
@@ -150,6 +152,18 @@ def test_a_state_of_another_shape_is_refused(text_file, tmp_path):
     train.train(text_file, str(tmp_path / "out"), n_steps=5, **SMALL)
     with pytest.raises(PicogptError, match="another shape"):
         train.train(text_file, str(tmp_path / "out"), n_steps=5, **{**SMALL, "n_embd": 12})
+
+
+def test_what_cannot_be_trained_is_refused_in_a_line(text_file, tmp_path):
+    output = tmp_path / "out"
+    for text, changes, message in [
+        (str(tmp_path / "none.txt"), {}, "cannot read"),
+        (text_file, {"n_head": 5}, "n_embd 24 cannot be shared out to n_head 5"),
+        (text_file, {"n_ctx": 10_000}, "less than one window of 10000"),
+    ]:
+        with pytest.raises(train.TrainingError, match=message):
+            train.train(text, str(output), **{**SMALL, **changes})
+    assert not output.exists()
 
 
 def test_training_encoder_survives_its_own_files(tmp_path):
