@@ -86,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except PicogptError as error:
         say(str(error))
+    except ModuleNotFoundError as error:
+        say(f"the Python module {error.name} is not installed: pip install {error.name}")
     except MemoryError as error:
         say(f"out of memory ({error or 'no details'}): take a smaller model or a shorter prompt")
     except OSError as error:

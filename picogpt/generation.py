@@ -166,10 +166,9 @@ def streams(
     """Several continuations of one prompt, which is read once. The i-th draws with seed + i."""
     n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
     n = _check_count("n_tokens_to_generate", n_tokens_to_generate, least=0)
-    seeds = [
-        None if seed is None else seed + i for i in range(_check_count("num_samples", num_samples, least=1))
-    ]
-    samplers = [make_sampler(temperature, top_k, top_p, each) for each in seeds]
+    samplers = [make_sampler(temperature, top_k, top_p, seed)]
+    for i in range(1, _check_count("num_samples", num_samples, least=1)):
+        samplers.append(make_sampler(temperature, top_k, top_p, None if seed is None else seed + i))
     ids = _fit(_check_ids(inputs, n_vocab), n, n_ctx, context)
     is_numpy = params["wte"].__array_namespace__() is np
     read = functools.partial(

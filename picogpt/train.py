@@ -126,7 +126,7 @@ class Windows:
 
 def nats_per_character(params, ids: list[int], encoder: Encoder, n_ctx: int, n_head: int) -> float:
     """Loss on a text that begins with `<|endoftext|>`: whole windows of n_ctx without overlap, the total nats
-    of their predictions over the characters they predict (the rest of the text, under a window, is left out)."""
+    of their predictions over the characters they predict (what is left at the end, under a window, is not)."""
     n_windows = len(ids) // n_ctx
     sequence = np.array([encoder.encoder[END_OF_TEXT], *ids], dtype=np.int32)
     windows = sequence[np.arange(n_windows)[:, None] * n_ctx + np.arange(n_ctx + 1)]
