@@ -20,7 +20,7 @@ from picogpt.sampling import make_sampler
 # temporary of a long prompt is paid for again in page faults: a third of the prefill.
 np.empty((32 << 20) - 8192, dtype=np.uint8)
 
-WORTH_THREADS = 192  # prompts of as many tokens gain by being shared among threads
+ROWS_PER_THREAD = 96  # fewer are not worth a thread: the weights are read once for each
 
 
 class GenerationError(PicogptError):
@@ -37,7 +37,8 @@ class Decoder:
 
     def __call__(self, ids):
         start, self.position = self.position, self.position + len(ids)
-        n_threads = _blas_threads() if len(ids) >= WORTH_THREADS else 1
+        most = len(ids) // ROWS_PER_THREAD
+        n_threads = min(most, _blas_threads()) if most > 1 else 1
         if n_threads == 1:
             return self._read(ids, start, self.caches, slice(-1, None))[0]
         return self._read_in_threads(ids, start, n_threads)[0]
@@ -63,8 +64,8 @@ class Decoder:
             )
 
         with _blas().limit(limits=1), ThreadPoolExecutor(n_threads) as pool:
-            parts = [pool.submit(read, begin, end) for begin, end in pairwise(borders)]
             try:
+                parts = [pool.submit(read, begin, end) for begin, end in pairwise(borders)]
                 for part in as_completed(parts):
                     part.result()
             except BaseException:
@@ -213,7 +214,10 @@ def _check_count(name: str, value: Any, least: int) -> int:
 
 
 def _check_ids(inputs: Sequence[int], n_vocab: int) -> list[int]:
-    ids = np.asarray(inputs)
+    try:
+        ids = np.asarray(inputs)
+    except ValueError:
+        raise GenerationError("the prompt is a list of unequal lists: give a list of token ids") from None
     if ids.size == 0:
         raise GenerationError("the prompt is empty: give at least one token, such as <|endoftext|>")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

@@ -1,10 +1,15 @@
 """Models for the tests: random weights in the article's tree, the same weights in transformers, and noise.
 
-Nothing here is taken from picogpt: what the tests compare with must not share its mistakes.
+What the tests expect does not come from picogpt: it would share its mistakes.
 """
 
 import numpy as np
 import pytest
+
+from picogpt.model import gpt2, with_taps
+
+SMALL = {"n_vocab": 23, "n_ctx": 19, "n_embd": 12, "n_head": 3, "n_layer": 2}
+LONG = {"n_vocab": 31, "n_ctx": 300, "n_embd": 26, "n_head": 2, "n_layer": 2}
 
 
 def random_params(n_vocab, n_ctx, n_embd, n_layer, *, dtype=np.float64, lm_head=False, seed=0, **_):
@@ -121,3 +126,20 @@ def jax_x64():
 def jax_params(params):
     jnp = pytest.importorskip("jax.numpy")
     return tree_map(jnp.asarray, params)
+
+
+def intermediates(params, ids, n_head):
+    """Every intermediate by its name, in the order in which they came, copied as the tap's contract asks."""
+    seen = {}
+
+    def tap(name, x):
+        assert name not in seen
+        seen[name] = x.copy()
+        return x
+
+    gpt2(ids, **with_taps(params, tap), n_head=n_head)
+    return seen
+
+
+def close(found, expected, tolerance, name=""):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance, err_msg=name)

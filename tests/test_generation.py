@@ -1,8 +1,9 @@
 """The decode loop against the article's, which reads everything anew for every token, and transformers'."""
 
+import subprocess
+import sys
 from itertools import accumulate, chain
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -247,6 +248,13 @@ class TestContext:
         assert min(margins) > 1e-9
         assert generate(prompt, PARAMS, N_HEAD, N_CTX + 5, context="slide") == expected
 
+    def test_several_samples_slide_each_by_itself(self):
+        several = streams(PROMPT, PARAMS, N_HEAD, N_CTX, num_samples=2, seed=7, context="slide", **SETTINGS)
+        alone = [
+            generate(PROMPT, PARAMS, N_HEAD, N_CTX, seed=7 + i, context="slide", **SETTINGS) for i in range(2)
+        ]
+        assert [list(ids) for ids in several] == alone
+
     def test_truncate_keeps_the_end_of_the_prompt(self):
         prompt = random_ids(N_CTX + 9, HPARAMS["n_vocab"])
         expected = generate(prompt[19:], PARAMS, N_HEAD, 10)
@@ -276,23 +284,29 @@ class TestThreads:
         assert min(margins) > 1e-9 and ids == expected
 
     def test_an_error_in_one_of_them_ends_all(self):
-        def fail(name, x):
-            if name == "blocks.1.hook_resid_pre" and len(x) == 101:
-                raise ValueError("in one thread")
-            return x
+        """In a process of its own, which can be ended if the other threads wait for ever."""
+        program = """
+import numpy as np
+from models import random_ids, random_params
+from picogpt import generation
+from picogpt.model import with_taps
 
-        caught = []
+def fail(name, x):
+    if name == "blocks.1.hook_resid_pre" and len(x) == 101:
+        raise ValueError("in one of three threads")
+    return x
 
-        def run():
-            try:
-                generate(self.IDS, with_taps(self.LONG, fail), N_HEAD, 20)
-            except ValueError as error:
-                caught.append(str(error))
-
-        runner = Thread(target=run, daemon=True)
-        runner.start()
-        runner.join(timeout=60)
-        assert caught == ["in one thread"]
+generation._blas_threads = lambda: 3
+params = random_params(n_vocab=61, n_ctx=400, n_embd=32, n_layer=2)
+generation.generate(random_ids(301, 61), with_taps(params, fail), 4, 20)
+"""
+        run = [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n{program}",
+        ]
+        result = subprocess.run(run, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 1 and result.stderr.endswith("ValueError: in one of three threads\n")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The forward pass against transformers + torch, against activations that PyTorch recorded, and on JAX."""
+"""The forward pass against transformers + torch, and against activations that PyTorch recorded."""
 
 import base64
 import json
@@ -8,32 +8,18 @@ import numpy as np
 import pytest
 
 from models import (
-    astype,
-    jax_params,
-    jax_x64,
+    LONG,
+    SMALL,
+    close,
+    intermediates,
     random_ids,
     random_params,
     rounding_noise,
     transformers_model,
-    transformers_names,
-    tree_map,
 )
 from picogpt import model
-from picogpt.model import (
-    attention,
-    causal_attention,
-    ffn,
-    gelu,
-    gpt2,
-    layer_norm,
-    linear,
-    mha,
-    softmax,
-    with_taps,
-)
+from picogpt.model import gelu, gpt2, layer_norm, softmax, with_taps
 
-SMALL = {"n_vocab": 23, "n_ctx": 19, "n_embd": 12, "n_head": 3, "n_layer": 2}
-LONG = {"n_vocab": 31, "n_ctx": 300, "n_embd": 26, "n_head": 2, "n_layer": 2}
 CONFIGS = {  # hyper-parameters, and how many tokens to read
     "25 heads, as in 1558M": ({"n_vocab": 61, "n_ctx": 40, "n_embd": 200, "n_head": 25, "n_layer": 2}, 40),
     "heads of 64, as in all": ({"n_vocab": 211, "n_ctx": 64, "n_embd": 192, "n_head": 3, "n_layer": 2}, 50),
@@ -51,23 +37,6 @@ CONFIGS = {  # hyper-parameters, and how many tokens to read
 def small():
     """params (float64), ids and n_head of a model that is read in no time."""
     return random_params(**SMALL), random_ids(17, SMALL["n_vocab"]), SMALL["n_head"]
-
-
-def close(found, expected, tolerance, name=""):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance, err_msg=name)
-
-
-def intermediates(params, ids, n_head):
-    """Every intermediate by its name, in the order in which they came, copied as the tap's contract asks."""
-    seen = {}
-
-    def tap(name, x):
-        assert name not in seen
-        seen[name] = x.copy()
-        return x
-
-    gpt2(ids, **with_taps(params, tap), n_head=n_head)
-    return seen
 
 
 def test_model_py_has_at_most_200_lines():
@@ -101,27 +70,6 @@ class TestTransformers:
         for i in range(SMALL["n_layer"]):
             close(seen[f"blocks.{i}.hook_resid_pre"], expected.hidden_states[i][0].numpy(), 1e-10)
             close(seen[f"blocks.{i}.attn.hook_pattern"], expected.attentions[i][0].numpy(), 1e-10)
-
-    def test_gradients_of_the_loss(self, small):
-        torch = pytest.importorskip("torch")
-        params, ids, n_head = small
-        oracle = transformers_model(params, n_head)
-        logits = oracle(torch.tensor([ids])).logits[0]  # transformers' own loss would go down to float32
-        torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])).backward()
-        expected = {name: weight.grad.numpy() for name, weight in oracle.named_parameters()}
-
-        def lm_loss(params):
-            log_p = jax.nn.log_softmax(gpt2(ids[:-1], **params, n_head=n_head))
-            return -log_p[np.arange(len(ids) - 1), np.array(ids[1:])].mean()
-
-        with jax_x64():
-            import jax
-
-            gradients = transformers_names(jax.jit(jax.grad(lm_loss))(jax_params(params)))
-        assert gradients.keys() == expected.keys()
-        largest = max(np.abs(gradient).max() for gradient in expected.values())
-        for name, gradient in gradients.items():
-            close(np.asarray(gradient), expected[name], 1e-10 * largest, name)
 
 
 def test_every_recorded_activation_of_the_sorting_model(assets):
@@ -190,43 +138,29 @@ def test_every_recorded_activation_of_the_sorting_model(assets):
 
 class TestTaps:
     def test_names_are_those_of_transformer_lens_in_its_order(self, small):
+        of_a_block = [
+            "hook_resid_pre",
+            "ln1.hook_scale",
+            "ln1.hook_normalized",
+            "attn.hook_q",
+            "attn.hook_k",
+            "attn.hook_v",
+            "attn.hook_attn_scores",
+            "attn.hook_pattern",
+            "attn.hook_z",
+            "hook_attn_out",
+            "hook_resid_mid",
+            "ln2.hook_scale",
+            "ln2.hook_normalized",
+            "mlp.hook_pre",
+            "mlp.hook_post",
+            "hook_mlp_out",
+            "hook_resid_post",
+        ]
         assert list(intermediates(*small)) == [
             "hook_embed",
             "hook_pos_embed",
-            "blocks.0.hook_resid_pre",
-            "blocks.0.ln1.hook_scale",
-            "blocks.0.ln1.hook_normalized",
-            "blocks.0.attn.hook_q",
-            "blocks.0.attn.hook_k",
-            "blocks.0.attn.hook_v",
-            "blocks.0.attn.hook_attn_scores",
-            "blocks.0.attn.hook_pattern",
-            "blocks.0.attn.hook_z",
-            "blocks.0.hook_attn_out",
-            "blocks.0.hook_resid_mid",
-            "blocks.0.ln2.hook_scale",
-            "blocks.0.ln2.hook_normalized",
-            "blocks.0.mlp.hook_pre",
-            "blocks.0.mlp.hook_post",
-            "blocks.0.hook_mlp_out",
-            "blocks.0.hook_resid_post",
-            "blocks.1.hook_resid_pre",
-            "blocks.1.ln1.hook_scale",
-            "blocks.1.ln1.hook_normalized",
-            "blocks.1.attn.hook_q",
-            "blocks.1.attn.hook_k",
-            "blocks.1.attn.hook_v",
-            "blocks.1.attn.hook_attn_scores",
-            "blocks.1.attn.hook_pattern",
-            "blocks.1.attn.hook_z",
-            "blocks.1.hook_attn_out",
-            "blocks.1.hook_resid_mid",
-            "blocks.1.ln2.hook_scale",
-            "blocks.1.ln2.hook_normalized",
-            "blocks.1.mlp.hook_pre",
-            "blocks.1.mlp.hook_post",
-            "blocks.1.hook_mlp_out",
-            "blocks.1.hook_resid_post",
+            *(f"blocks.{i}.{name}" for i in (0, 1) for name in of_a_block),
             "ln_final.hook_scale",
             "ln_final.hook_normalized",
             "logits",
@@ -329,11 +263,10 @@ class TestArguments:
         n_ctx = SMALL["n_ctx"]
         assert gpt2([0] * n_ctx, **params, n_head=n_head).shape == (n_ctx, SMALL["n_vocab"])
 
-    @pytest.mark.parametrize("convert", [lambda params: params, jax_params], ids=["numpy", "jax"])
-    def test_one_token_more(self, small, convert):
+    def test_one_token_more(self, small):
         params, _, n_head = small
         with pytest.raises(ValueError, match="20 tokens do not fit into the model's 19 positions"):
-            gpt2([0] * 20, **convert(params), n_head=n_head)
+            gpt2([0] * 20, **params, n_head=n_head)
 
     def test_integers_as_in_the_article(self):
         close(gelu(np.array([1, -2])), gelu(np.array([1.0, -2.0])), 0)
@@ -349,112 +282,3 @@ class TestArguments:
         np.testing.assert_array_equal(softmax(x), [0, 0, 0, 0, 1])
         constant = np.full((2, 5), 7, np.float32)
         np.testing.assert_array_equal(layer_norm(constant, np.ones(5), np.zeros(5)), np.zeros((2, 5)))
-
-
-def primitives(dtype, array):
-    """Every function of model.py with arguments that, in NumPy, cannot be written to."""
-
-    def random(*shape):
-        x = np.random.default_rng(len(shape)).standard_normal(shape).astype(dtype)
-        x.flags.writeable = False
-        return array(x)
-
-    params = tree_map(array, random_params(**SMALL, dtype=dtype))
-    block, ids = params["blocks"][0], [3, 1, 4, 1, 5]
-    q, k, v, mask = random(3, 2, 4), random(3, 5, 4), random(3, 5, 4), array(np.zeros((2, 5), dtype))
-    return {
-        "gelu": lambda: gelu(random(5, 12)),
-        "softmax": lambda: softmax(random(5, 12)),
-        "layer_norm": lambda: layer_norm(random(5, 12), **block["ln_1"]),
-        "linear": lambda: linear(random(5, 12), **block["mlp"]["c_fc"]),
-        "ffn": lambda: ffn(random(5, 12), **block["mlp"]),
-        "attention": lambda: attention(q, k, v),
-        "attention with a mask": lambda: attention(q, k, v, mask),
-        "causal_attention": lambda: causal_attention(q, k, v),
-        "mha": lambda: mha(random(5, 12), **block["attn"], n_head=3),
-        "transformer_block": lambda: model.transformer_block(random(5, 12), **block, n_head=3),
-        "gpt2": lambda: gpt2(ids, **params, n_head=3),
-        "lm_head": lambda: gpt2(ids, **params, n_head=3, lm_head=params["wte"]),
-    }
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-class TestDtype:
-    """What comes in decides. JAX tells the dtype of a result without computing it."""
-
-    def test_every_function_keeps_it_and_leaves_its_arguments_alone(self, dtype):
-        for name, function in primitives(dtype, np.asarray).items():
-            assert function().dtype == dtype, name
-
-    def test_every_function_keeps_it_on_jax(self, dtype):
-        with jax_x64():
-            import jax
-
-            for name, function in primitives(dtype, jax.numpy.asarray).items():
-                assert jax.eval_shape(function).dtype == dtype, name
-
-    def test_every_intermediate_has_it(self, dtype):
-        params = random_params(**SMALL, dtype=dtype)
-
-        def run(params):
-            return intermediates(params, [1, 2, 3], SMALL["n_head"])
-
-        assert {x.dtype.name for x in run(params).values()} == {dtype}
-        with jax_x64():
-            import jax
-
-            assert {x.dtype.name for x in jax.eval_shape(run, params).values()} == {dtype}
-
-
-class TestJAX:
-    """The same functions on the other array library, float64 unless said; NumPy's logits agree with torch's."""
-
-    @pytest.fixture
-    def jax(self):
-        with jax_x64():
-            import jax
-
-            yield jax
-
-    def test_plain_and_jit(self, jax, small):
-        params, ids, n_head = small
-        expected, params = gpt2(ids, **params, n_head=n_head), jax_params(params)
-        logits = gpt2(ids, **params, n_head=n_head)
-        assert type(logits) is type(params["wte"])
-        close(np.asarray(logits), expected, 1e-12)
-        compiled = jax.jit(gpt2, static_argnames="n_head")
-        close(np.asarray(compiled(np.array(ids), **params, n_head=n_head)), expected, 1e-12)
-        with pytest.raises(ValueError, match="do not fit"):
-            compiled(np.zeros(20, int), **params, n_head=n_head)
-
-    def test_past_a_block_of_queries(self, jax):
-        params, ids = random_params(**LONG), random_ids(287, LONG["n_vocab"])
-        logits = jax.jit(gpt2, static_argnames="n_head")(np.array(ids), **params, n_head=LONG["n_head"])
-        close(np.asarray(logits), gpt2(ids, **params, n_head=LONG["n_head"]), 1e-11)
-
-    def test_vmap_as_in_the_article(self, jax, small):
-        params, ids, n_head = small
-        batched = jax.vmap(gpt2, in_axes=[0, None, None, None, None, None])
-        batch, leaves = np.array([ids, ids[::-1]]), list(jax_params(params).values())
-        logits = jax.jit(lambda batch: batched(batch, *leaves, n_head))(batch)
-        for row, inputs in zip(logits, batch, strict=True):
-            close(np.asarray(row), gpt2(inputs, **params, n_head=n_head), 1e-12)
-
-    def test_taps_under_jit(self, jax, small):
-        params, ids, n_head = small
-        expected = intermediates(params, ids, n_head)
-        found = jax.jit(intermediates, static_argnums=2)(jax_params(params), np.array(ids), n_head)
-        assert found.keys() == expected.keys()
-        for name, x in expected.items():
-            close(np.asarray(found[name]), x, 1e-12, name)
-
-    def test_float32(self):
-        jax = pytest.importorskip("jax")
-        params, ids = random_params(**LONG, dtype=np.float32), random_ids(200, LONG["n_vocab"])
-
-        def plain(params):
-            return gpt2(ids, **params, n_head=LONG["n_head"])
-
-        logits = jax.jit(plain)(params)
-        assert logits.dtype == np.float32
-        close(np.asarray(logits), plain(astype(params, np.float64)), 4 * rounding_noise(plain, params))

@@ -173,7 +173,11 @@ def test_tensorflow_reads_what_is_written(tf, bundle):
 def test_written_files_are_tensorflow_s(tf, tmp_path):
     rng = np.random.default_rng(2)
     tensors = {f"model/h{i}/x/{j}": rng.standard_normal((i, j), np.float32) for i in range(6) for j in range(9)}
-    write_bundle(tmp_path / "ours", {name: np.asfortranarray(tensor) for name, tensor in tensors.items()})
+    tensors["strided"] = np.arange(20, dtype=np.float32)[::2]
+    write_bundle(
+        tmp_path / "ours",
+        {name: tensor if tensor.ndim == 1 else np.asfortranarray(tensor) for name, tensor in tensors.items()},
+    )
     save_v2(tf, tmp_path / "theirs", dict(sorted(tensors.items())))
     for name in ("index", "data-00000-of-00001"):
         assert (tmp_path / f"ours.{name}").read_bytes() == (tmp_path / f"theirs.{name}").read_bytes()
@@ -220,6 +224,15 @@ DAMAGED = {
     "size": ([(b"", HEADER), (b"a", entry(size=12))], r"a of shape \[2\] cannot have 12 bytes"),
     "overlap": ([(b"", HEADER), (b"a", entry()), (b"b", entry(offset=4))], "a and b overlap"),
     "inside": ([(b"", HEADER), (b"a", entry(shape=(9,), size=36)), (b"b", entry(offset=4))], "a and b overlap"),
+    "behind an empty one": (
+        [
+            (b"", HEADER),
+            (b"a", entry(shape=(9,), size=36)),
+            (b"b", entry(shape=(0,), offset=4, size=0)),
+            (b"c", entry(offset=4)),
+        ],
+        "a and c overlap",
+    ),
     "order": ([(b"", HEADER), (b"b", entry()), (b"a", entry(offset=8))], "b'a' comes after b'b'"),
     "twice": ([(b"", HEADER), (b"b", entry()), (b"b", entry(offset=8))], "b'b' comes after b'b'"),
     "line": ([(b"", HEADER), (b"a\nb", entry())], r"'a\\nb' of dtype"),
@@ -404,6 +417,15 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(CheckpointError, match="cannot write"):
         write_bundle(tmp_path / "nowhere" / "x", {"good": good})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_index_takes_its_place_last(tmp_path, monkeypatch):
+    replaced, replace = [], Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda self, target: replaced.append(target.name) or replace(self, target)
+    )
+    write_bundle(tmp_path / "x", {"a": np.zeros(2, np.float32)})
+    assert replaced == ["x.data-00000-of-00001", "x.index"]
 
 
 def test_a_failed_write_leaves_the_old_bundle(bundle, monkeypatch):
