@@ -29,7 +29,7 @@ class KVCache:
     belong to the tokens it appends; give `gpt2` their `position_ids`.
 
     Attributes: `length`, the tokens remembered; `store`, keys and values `[2, n_head, capacity, d]` in the
-    model's dtype, of which `length` rows are filled. The capacity is a hint: a full cache doubles.
+    model's dtype, of which `length` rows are filled. The capacity is a hint: a full cache at least doubles.
     """
 
     def __init__(self, capacity: int = 256):
@@ -50,8 +50,8 @@ class KVCache:
         filled, self.length = self.length, self.length + n_rows
         if self.store is not None and self.length <= self.capacity:
             return
-        while self.capacity < self.length:
-            self.capacity *= 2
+        if self.capacity < self.length:
+            self.capacity = max(self.length, 2 * self.capacity)
         n_head, _, d = like.shape
         # Rows never written are never touched, so an ample capacity costs address space, not memory.
         store = np.empty((2, n_head, self.capacity, d), dtype=like.dtype)

@@ -37,7 +37,8 @@ class Decoder:
 
     def __call__(self, ids):
         start, self.position = self.position, self.position + len(ids)
-        most = len(ids) // ROWS_PER_THREAD
+        # Somebody who watches is shown whole arrays, in order.
+        most = 1 if "tap" in self.params else len(ids) // ROWS_PER_THREAD
         n_threads = min(most, _blas_threads()) if most > 1 else 1
         if n_threads == 1:
             return self._read(ids, start, self.caches, slice(-1, None))[0]
@@ -170,6 +171,7 @@ def streams(
     samplers = [make_sampler(temperature, top_k, top_p, seed)]
     for i in range(1, _check_count("num_samples", num_samples, least=1)):
         samplers.append(make_sampler(temperature, top_k, top_p, None if seed is None else seed + i))
+    stops = frozenset(stop_ids)
     ids = _fit(_check_ids(inputs, n_vocab), n, n_ctx, context)
     is_numpy = params["wte"].__array_namespace__() is np
     read = functools.partial(
@@ -186,7 +188,7 @@ def streams(
         so_far = list(ids)
         for remaining in reversed(range(n)):
             next_id = choose(logits)
-            if next_id in stop_ids:
+            if next_id in stops:
                 return
             yield next_id
             so_far.append(next_id)
@@ -249,17 +251,19 @@ def _fit(ids: list[int], n: int, n_ctx: int, context: str) -> list[int]:
     return ids[excess:]
 
 
-def stream_text(ids: Iterable[int], encoder: Any, stop: Sequence[str] = ()) -> Iterator[str]:
-    """Text as its ids come, in whole characters, up to the first of the stop strings, which is not part of it.
+def stream_text(ids: Iterable[int], encoder: Any, stop: str | Sequence[str] = ()) -> Iterator[str]:
+    """Text as its ids come, in whole characters, up to the stop string that is complete first, and without it.
 
     What may be the beginning of a stop string is held back until the next ids decide.
     """
+    stop = (stop,) if isinstance(stop, str) else stop
     decoder, held = encoder.stream_decoder(), ""
     for piece in chain(map(decoder.feed, ids), (decoder.flush() for _ in range(1))):
         held += piece
-        ends = [held.index(s) for s in stop if s in held]
-        if ends:
-            yield held[: min(ends)]
+        found = [(held.index(s) + len(s), held.index(s)) for s in stop if s in held]
+        if found:
+            _, start = min(found)
+            yield held[:start]
             return
         n_held = max((k for s in stop for k in range(1, len(s)) if held.endswith(s[:k])), default=0)
         free, held = held[: len(held) - n_held], held[len(held) - n_held :]

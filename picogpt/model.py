@@ -150,7 +150,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, *, lm_head=None, position_ids=N
             raise ValueError(f"{len(inputs)} tokens do not fit into the model's {len(wpe)} positions")
         position_ids = xp.arange(len(inputs))
     x = tap("hook_embed", wte[inputs])                                  # [n_seq] -> [n_seq, n_embd]
-    x = x + tap("hook_pos_embed", wpe[position_ids])                    # [n_seq] -> [n_seq, n_embd]
+    x = x + tap("hook_pos_embed", wpe[xp.asarray(position_ids)])        # [n_seq] -> [n_seq, n_embd]
     for block in blocks:
         x = transformer_block(x, **block, n_head=n_head)                # [n_seq, n_embd] -> [n_seq, n_embd]
     x = layer_norm(x[logits_to_keep], **ln_f)

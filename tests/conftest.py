@@ -36,5 +36,5 @@ def pytest_sessionfinish(session):
     if session.config.getoption("--skipped"):
         nothing_to_do = session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
         session.exitstatus = int(bool(reports)) if nothing_to_do else session.exitstatus or int(bool(reports))
-    else:
+    elif hasattr(session.config, "cache"):
         session.config.cache.set("picogpt/skipped", sorted({report.nodeid for report in reports}))

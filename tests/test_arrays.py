@@ -1,4 +1,4 @@
-"""The arrays decide: model.py keeps their dtype, and runs on JAX as on NumPy, whose logits agree with torch's."""
+"""The arrays decide: model.py keeps their dtype and runs on JAX as on NumPy, whose logits are like torch's."""
 
 import numpy as np
 import pytest

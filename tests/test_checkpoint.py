@@ -33,6 +33,12 @@ def tf():
     return pytest.importorskip("tensorflow")
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """A thousand saves must not wait for the disk; tests/test_tensor_bundle.py sees that one does."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
 def random_params(hparams: dict, seed: int = 0, lm_head: bool = False) -> dict:
     """The article's tree, written out."""
     rng = np.random.default_rng(seed)
@@ -388,8 +394,8 @@ def test_where_a_model_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("picogpt.checkpoint.__file__", str(checkout / "picogpt" / "checkpoint.py"))
     with pytest.raises(CheckpointError, match="no model 'shakespeare'"):
         find_model_dir("shakespeare")
-    places = [checkout / "models", checkout / "picogpt" / "models", Path(), Path("models")]
-    for place in places:  # each comes before the ones above it
+    # Each comes before those above it. The package's own model is first: what lies in a folder cannot hide it.
+    for place in (Path(), Path("models"), checkout / "models", checkout / "picogpt" / "models"):
         (place / "shakespeare").mkdir(parents=True)
         assert find_model_dir("shakespeare") == place / "shakespeare"
     Path("124M").mkdir()

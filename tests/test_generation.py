@@ -283,22 +283,32 @@ class TestThreads:
         expected, margins = article(self.IDS, self.LONG, N_HEAD, 20)
         assert min(margins) > 1e-9 and ids == expected
 
+    def test_a_tap_is_shown_whole_arrays(self):
+        lengths = []
+
+        def look(name, x):
+            lengths.append(len(x))
+            return x
+
+        generate(self.IDS, with_taps({**self.LONG, "blocks": []}, look), N_HEAD, 1)
+        assert lengths[:2] == [301, 301]
+
     def test_an_error_in_one_of_them_ends_all(self):
         """In a process of its own, which can be ended if the other threads wait for ever."""
         program = """
-import numpy as np
 from models import random_ids, random_params
 from picogpt import generation
-from picogpt.model import with_taps
+from picogpt.cache import KVCache
 
-def fail(name, x):
-    if name == "blocks.1.hook_resid_pre" and len(x) == 101:
+def part(self, start, stop, barrier, share=KVCache.part):
+    def fail(q, k, v, tap):
         raise ValueError("in one of three threads")
-    return x
+    return fail if start == 100 else share(self, start, stop, barrier)
 
+KVCache.part = part
 generation._blas_threads = lambda: 3
 params = random_params(n_vocab=61, n_ctx=400, n_embd=32, n_layer=2)
-generation.generate(random_ids(301, 61), with_taps(params, fail), 4, 20)
+generation.generate(random_ids(301, 61), params, 4, 20)
 """
         run = [
             sys.executable,

@@ -234,7 +234,11 @@ def test_shards_that_are_missing_or_elsewhere(transformers, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     right = json.loads(index.read_text())
     name, shard = next(iter(right["weight_map"].items()))
-    for place in ("/etc/passwd", "../x", "a/b", "", "a\0b", 7, None, ".."):
+    for place in ("/etc/passwd", "../x", "a/b", "a\0b", "a\nb", 7, None):
+        index.write_text(json.dumps({"weight_map": {**right["weight_map"], name: place}}))
+        with pytest.raises(CheckpointError, match="is not the name of a file beside it"):
+            load_hparams_and_params(tmp_path)
+    for place in ("", "."):
         index.write_text(json.dumps({"weight_map": {**right["weight_map"], name: place}}))
         with pytest.raises(CheckpointError):
             load_hparams_and_params(tmp_path)

@@ -1,6 +1,7 @@
 """TensorFlow's checkpoint format, against TensorFlow and against the index of OpenAI's own 124M."""
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -420,12 +421,12 @@ def test_what_cannot_be_written(tmp_path):
 
 
 def test_the_index_takes_its_place_last(tmp_path, monkeypatch):
-    replaced, replace = [], Path.replace
-    monkeypatch.setattr(
-        Path, "replace", lambda self, target: replaced.append(target.name) or replace(self, target)
-    )
+    """And each file only once the disk has it."""
+    done, replace, fsync = [], Path.replace, os.fsync
+    monkeypatch.setattr(Path, "replace", lambda self, target: done.append(target.name) or replace(self, target))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("fsync") or fsync(descriptor))
     write_bundle(tmp_path / "x", {"a": np.zeros(2, np.float32)})
-    assert replaced == ["x.data-00000-of-00001", "x.index"]
+    assert done == ["fsync", "x.data-00000-of-00001", "fsync", "x.index"]
 
 
 def test_a_failed_write_leaves_the_old_bundle(bundle, monkeypatch):
