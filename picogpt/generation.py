@@ -20,7 +20,7 @@ from picogpt.sampling import make_sampler
 # temporary of a long prompt is paid for again in page faults: a third of the prefill.
 np.empty((32 << 20) - 8192, dtype=np.uint8)
 
-ROWS_PER_THREAD = 96  # fewer are not worth a thread: the weights are read once for each
+ROWS_PER_THREAD = 128  # fewer are not worth a thread: the weights are read once for each
 
 
 class GenerationError(PicogptError):
@@ -56,7 +56,10 @@ class Decoder:
         for cache in self.caches:
             cache.reserve(len(ids), np.empty((self.n_head, 0, wte.shape[1] // self.n_head), wte.dtype))
         barrier = Barrier(n_threads)
-        borders = [round(len(ids) * i / n_threads) for i in range(n_threads + 1)]
+        # Equal shares of the work: row s has s keys, and 3 n_embd keys cost about what its products do.
+        c = 6 * wte.shape[1]
+        shares = [i / n_threads * (len(ids) + len(ids) ** 2 / c) for i in range(n_threads + 1)]
+        borders = [round(c / 2 * ((1 + 4 * share / c) ** 0.5 - 1)) for share in shares]
 
         def read(begin, end):
             attends = [cache.part(start + begin, start + end, barrier) for cache in self.caches]
