@@ -10,7 +10,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 run: .venv/installed ## write text with the model that ships in models/shakespeare
-	@$(BIN)/python -m picogpt --temperature 0.8 --seed 1 --n_tokens_to_generate 240
+	@$(BIN)/python -m picogpt --temperature 0.8 --top_p 0.95 --seed 3 --n_tokens_to_generate 200
 
 test: .venv/installed-dev ## run the tests; what needs torch is skipped by name when it is missing
 	$(BIN)/python -m pytest

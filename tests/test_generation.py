@@ -275,6 +275,7 @@ class TestThreads:
     @pytest.fixture(autouse=True)
     def three_threads(self, monkeypatch):
         monkeypatch.setattr(generation, "_blas_threads", lambda: 3)
+        monkeypatch.setattr(generation, "ROWS_PER_THREAD", 100)
 
     def test_the_same_ids(self, passes):
         ids = generate(self.IDS, self.LONG, N_HEAD, 20)
@@ -303,10 +304,10 @@ from picogpt.cache import KVCache
 def part(self, start, stop, barrier, share=KVCache.part):
     def fail(q, k, v, tap):
         raise ValueError("in one of three threads")
-    return fail if start == 100 else share(self, start, stop, barrier)
+    return fail if 0 < start and stop < 301 else share(self, start, stop, barrier)
 
 KVCache.part = part
-generation._blas_threads = lambda: 3
+generation._blas_threads, generation.ROWS_PER_THREAD = lambda: 3, 100
 params = random_params(n_vocab=61, n_ctx=400, n_embd=32, n_layer=2)
 generation.generate(random_ids(301, 61), params, 4, 20)
 """
