@@ -30,7 +30,8 @@ An empty prompt, or none, starts a new text from <|endoftext|>.
     --model_size NAME_OR_DIR   a model directory, or the name of one in --models_dir, such as 124M;
                                without it the small model that comes with the program answers
     --models_dir models        where models are looked for by name
-    --temperature T            0 always takes the likeliest token (greedy, the default); 0.8 surprises more
+    --temperature T            0 always takes the likeliest token (greedy); 0.8 surprises more; by default 0,
+                               or 1 when --top_k or --top_p is given
     --top_k K                  draw among the K likeliest tokens only
     --top_p P                  draw among the likeliest tokens that hold the share P of the probability
     --seed S                   draw the same again; the i-th sample, from 0, is the one of seed S + i
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PicogptError as error:
         say(str(error))
     except ModuleNotFoundError as error:
-        say(f"the Python module {error.name} is not installed: pip install {error.name}")
+        say(f"the Python module {error.name} is not installed: `pip install .` in the checkout brings them all")
     except MemoryError as error:
         say(f"out of memory ({error or 'no details'}): take a smaller model or a shorter prompt")
     except OSError as error:
@@ -126,8 +127,9 @@ def nearest(name: str) -> str:
     """The cure for an unknown flag."""
     from difflib import get_close_matches
 
-    near = [flag for flag in FLAGS if name in flag] or get_close_matches(name, FLAGS, n=1, cutoff=0)
-    return f"did you mean --{near[0]}? (--help lists them all; if this is the prompt, put a lone -- before it)"
+    near = [flag for flag in FLAGS if name in flag] or get_close_matches(name, FLAGS, n=1)
+    ask = f"did you mean --{near[0]}? " if near else ""
+    return f"{ask}--help lists them all (if this is the prompt, put a lone -- before it)"
 
 
 def take_value(name: str, rest: list[str]) -> str:
@@ -243,7 +245,7 @@ def to_jax(params: dict[str, Any]) -> dict[str, Any]:
 
         return jax.tree.map(jax.numpy.asarray, params)
     except ImportError as error:
-        raise UsageError('--backend jax needs JAX: pip install "picogpt[jax]"') from error
+        raise UsageError("--backend jax needs JAX: pip install jax") from error
     except RuntimeError as error:  # no such platform, no driver, no memory on the device
         raise UsageError(f"JAX does not start: {error}") from error
 

@@ -123,7 +123,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse_object(data: bytes) -> dict[str, Any]:
-    value = json.loads(data)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:  # nested without end
+        raise ValueError(f"not JSON ({error}): fetch it again") from None
     if not isinstance(value, dict):
         raise ValueError("damaged: not a JSON object")
     return value

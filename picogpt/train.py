@@ -2,7 +2,7 @@
 
 The loss is the article's, the forward pass is model.py run by JAX, the optimizer is AdamW from optax. The
 vocabulary is byte-level BPE, learned from the training part of the text by the `tokenizers` library. What
-comes out is a model directory in OpenAI's layout. Needs `pip install "picogpt[jax]" tokenizers`.
+comes out is a model directory in OpenAI's layout. Needs jax, optax and tokenizers.
 """
 
 import json
@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    print(f'training needs {error.name}: pip install "picogpt[jax]" tokenizers', file=sys.stderr)
+    print(f"training needs {error.name}: pip install jax optax tokenizers", file=sys.stderr)
     sys.exit(2)
 
 END_OF_TEXT = "<|endoftext|>"
