@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         say(f"the Python module {error.name} is not installed: `pip install .` in the checkout brings them all")
     except MemoryError as error:
-        say(f"out of memory ({error or 'no details'}): take a smaller model or a shorter prompt")
+        say(f"out of memory ({str(error) or 'no details'}): take a smaller model or a shorter prompt")
     except OSError as error:
         say(f"{error.filename or 'input or output'}: {error.strerror or error}")
     return 2
@@ -246,7 +246,7 @@ def to_jax(params: dict[str, Any]) -> dict[str, Any]:
         return jax.tree.map(jax.numpy.asarray, params)
     except ImportError as error:
         raise UsageError("--backend jax needs JAX: pip install jax") from error
-    except RuntimeError as error:  # no such platform, no driver, no memory on the device
+    except (RuntimeError, AssertionError, ValueError) as error:  # no such platform, no driver, a wrong setting
         raise UsageError(f"JAX does not start: {error}") from error
 
 
@@ -257,7 +257,6 @@ def print_samples(
     from picogpt.generation import stream_text
 
     times = [perf_counter()]
-    signal.signal(signal.SIGINT, interrupt)
     try:
         for i, ids in enumerate(samples):
             if i:
@@ -276,16 +275,17 @@ def print_samples(
         say(f"{model}: {pace(times)}, {engine(backend)}")
 
 
-def interrupt(*_: Any) -> None:
-    """Ctrl-C: end the text. Pressed again, it changes nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def clocked(ids: Iterable[int], times: list[float]) -> Iterator[int]:
-    """Note when each id comes."""
+    """Note when each id comes. Once there is one, Ctrl-C ends the text at the next.
+
+    The handler only makes a note: an exception raised out of the blue is lost where Python calls back from C.
+    """
+    pressed: list[int] = []
     for next_id in ids:
+        if pressed:
+            raise KeyboardInterrupt
         times.append(perf_counter())
+        signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
         yield next_id
 
 

@@ -68,7 +68,7 @@ def find_model_dir(model_size: str, models_dir: str | Path = "models") -> Path:
     candidates = [Path(models_dir, model_size), Path(model_size)] if model_size else []
     if model_size == EMBEDDED:
         package = Path(__file__).parent  # the model lies in the package when installed, beside it in a checkout
-        candidates = [package / "models" / EMBEDDED, package.parent / "models" / EMBEDDED, *candidates]
+        candidates[1:1] = [package / "models" / EMBEDDED, package.parent / "models" / EMBEDDED]
     for directory in candidates:
         with suppress(OSError, ValueError):  # a name that is too long, or has a zero byte in it
             if directory.is_dir():

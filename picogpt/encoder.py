@@ -263,6 +263,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise EncoderError(f"the text is {text!r:.40}: give a str")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -343,10 +345,12 @@ def _show(piece: Piece, colour: bool) -> None:
 
 def main() -> int:
     """`python -m picogpt.encoder TEXT [MODEL_DIR]`: show TEXT becoming ids. `-`, or a pipe: standard input."""
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     text, *model_dir = sys.argv[1:] or ["-"]
     try:
+        if sys.stdout is None or sys.stdin is None:
+            raise EncoderError("standard input and output must be open")
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         if len(model_dir) > 1 or (len(sys.argv) == 1 and sys.stdin.isatty()):
             raise EncoderError('usage: python -m picogpt.encoder "TEXT" [MODEL_DIR]')
         if text == "-":
@@ -354,11 +358,16 @@ def main() -> int:
         for piece in get_encoder(*model_dir).explain(text):
             _show(piece, colour)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough; Python would complain when it closes the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
     except (EncoderError, UnicodeDecodeError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:  # Python would complain again when it closes the output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # then the reader has seen enough
+            print(f"cannot write: {error.strerror}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import chain, pairwise
 from numbers import Integral
-from threading import Barrier
+from threading import Barrier, Lock
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from picogpt.sampling import make_sampler
 # temporary of a long prompt is paid for again in page faults: a third of the prefill.
 np.empty((32 << 20) - 8192, dtype=np.uint8)
 
+_ONE_PROMPT_AT_A_TIME = Lock()  # the number of BLAS threads is the whole process's
 ROWS_PER_THREAD = 128  # fewer are not worth a thread: the weights are read once for each
 
 
@@ -67,7 +68,7 @@ class Decoder:
                 ids[begin:end], start + begin, attends, slice(-1, None) if end == len(ids) else slice(0)
             )
 
-        with _blas().limit(limits=1), ThreadPoolExecutor(n_threads) as pool:
+        with _ONE_PROMPT_AT_A_TIME, _blas().limit(limits=1), ThreadPoolExecutor(n_threads) as pool:
             try:
                 parts = [pool.submit(read, begin, end) for begin, end in pairwise(borders)]
                 for part in as_completed(parts):
@@ -107,7 +108,9 @@ class JAXDecoder:
 
     def __call__(self, ids):
         start, self.position = self.position, self.position + len(ids)
-        logits, self.state = _jax_step()(np.array(ids), self.params, self.state, start, n_head=self.n_head)
+        # Whoever watches is shown numbers: the functions in a tapped tree are no arguments for `jit`.
+        step = _jax_step if "tap" in self.params else _jitted_jax_step()
+        logits, self.state = step(np.array(ids), self.params, self.state, start, n_head=self.n_head)
         return logits
 
     def fork(self) -> "JAXDecoder":
@@ -116,18 +119,19 @@ class JAXDecoder:
         return twin
 
 
+def _jax_step(ids, params, state, start, n_head):
+    caches = [JAXCache(keys, values, start) for keys, values in state]
+    params = with_attend(params, caches)
+    position_ids = start + params["wte"].__array_namespace__().arange(len(ids))
+    logits = gpt2(ids, **params, n_head=n_head, position_ids=position_ids, logits_to_keep=slice(-1, None))
+    return logits[0], [cache.state for cache in caches]
+
+
 @functools.cache
-def _jax_step():
+def _jitted_jax_step():
     import jax
 
-    def step(ids, params, state, start, n_head):
-        caches = [JAXCache(keys, values, start) for keys, values in state]
-        params = with_attend(params, caches)
-        position_ids = start + jax.numpy.arange(len(ids))
-        logits = gpt2(ids, **params, n_head=n_head, position_ids=position_ids, logits_to_keep=slice(-1, None))
-        return logits[0], [cache.state for cache in caches]
-
-    return jax.jit(step, static_argnames="n_head")
+    return jax.jit(_jax_step, static_argnames="n_head")
 
 
 def generate(

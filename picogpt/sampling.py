@@ -8,10 +8,12 @@ The recipe, so that another language can repeat it to the id. All arithmetic is 
     4. top_p: in order of falling p (equal ones by rising id) a token stays while the sum of those before it
        is below top_p; so the token that crosses top_p stays, as in Hugging Face's TopPLogitsWarper
     5. u = next double of `numpy.random.Generator(PCG64(seed))`, one a token: 53 random bits / 2^53, in [0, 1)
-    6. c = running sum of the p that are left, in order of id; the answer is the first id with c > u * c[-1]
+    6. c = running sum of the p that are left, in order of id; the answer is the first id with c > u * c[-1];
+       or, if u * c[-1] is rounded up to c[-1] and there is none, the last id with p > 0
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from numbers import Integral, Real
 
 import numpy as np
@@ -56,7 +58,6 @@ def probabilities(logits, temperature: float = 1.0, top_k: int | None = None, to
 def draw(p, uniform: float) -> int:  # [n_vocab] -> id
     """Step 6: the id at which the running sum passes `uniform`, a number in [0, 1)."""
     running = np.cumsum(p)
-    # A uniform close to 1 can round up to the whole sum; the answer is then the last id that has a chance.
     last = np.flatnonzero(p)[-1]
     return int(min(np.searchsorted(running, uniform * running[-1], side="right"), last))
 
@@ -78,17 +79,31 @@ def make_sampler(
     """
     if temperature is None:
         temperature = 0.0 if top_k is None and top_p is None else 1.0
-    _check("temperature", temperature, Real, lambda t: 0 <= t < float("inf"), "0 (greedy) or more, such as 0.8")
+    _check(
+        "temperature",
+        temperature,
+        Real,
+        lambda t: 0 <= float(t) < float("inf"),
+        "0 (greedy) or more, such as 0.8",
+    )
     _check("top_k", top_k, Integral, lambda k: k >= 1, "a whole number from 1, or leave it out")
     _check("top_p", top_p, Real, lambda p: 0 < p <= 1, "a number above 0 and up to 1, or leave it out")
     _check("seed", seed, Integral, lambda s: s >= 0, "a whole number from 0, or leave it out")
-    if temperature == 0:
-        return greedy
     random = np.random.Generator(np.random.PCG64(seed))
-    return lambda logits: draw(probabilities(logits, temperature, top_k, top_p), random.random())
+
+    def choose(logits) -> int:
+        if not np.isfinite(logits.max()):
+            raise SamplingError("the model computed NaN or infinity: its weights are damaged; fetch them again")
+        if temperature == 0:
+            return greedy(logits)
+        return draw(probabilities(logits, float(temperature), top_k, top_p), random.random())
+
+    return choose
 
 
 def _check(name: str, value, kind: type, good: Callable[..., bool], wanted: str) -> None:
     is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if value is not None and not (is_number and good(value)):
-        raise SamplingError(f"{name} is {value!r}: give {wanted}")
+    with suppress(OverflowError):  # an int that no float can hold
+        if value is None or (is_number and good(value)):
+            return
+    raise SamplingError(f"{name} is {value!r:.40}: give {wanted}")

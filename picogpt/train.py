@@ -5,8 +5,11 @@ vocabulary is byte-level BPE, learned from the training part of the text by the 
 comes out is a model directory in OpenAI's layout. Needs jax, optax and tokenizers.
 """
 
+import argparse
+import inspect
 import json
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ except ImportError as error:
     sys.exit(2)
 
 END_OF_TEXT = "<|endoftext|>"
+LEAST = {"n_vocab": 257, "seed": 0, "learning_rate": 0, "weight_decay": 0, "dropout_rate": 0, "average": 0}
+NOT_OF_THE_RUN = ("eval_every", "patience")  # what may change when a run goes on
 
 
 class TrainingError(PicogptError):
@@ -186,6 +191,19 @@ def read_and_split(path: str) -> tuple[str, str]:
     return text[:border], text[border:]
 
 
+def check(settings: dict[str, Any]) -> None:
+    """Refuse numbers that nothing can be trained with."""
+    for name, value in settings.items():
+        if not value >= LEAST.get(name, 1) or (name in ("dropout_rate", "average") and value >= 1):
+            raise TrainingError(
+                f"{name} is {value}: it must be at least {LEAST.get(name, 1)}, and a rate below 1"
+            )
+    if settings["n_embd"] % settings["n_head"]:
+        raise TrainingError(
+            f"n_embd {settings['n_embd']} is no multiple of n_head {settings['n_head']}: make it one"
+        )
+
+
 def save_state(path: Path, state, **progress) -> None:
     """Write everything a later run needs to go on, under a temporary name first."""
     temporary = path.with_suffix(".tmp")
@@ -195,15 +213,20 @@ def save_state(path: Path, state, **progress) -> None:
     temporary.replace(path)
 
 
-def load_state(path: Path, state):
-    """The state written by `save_state`, in the shape of `state`, and its progress (a dict of numbers)."""
-    with np.load(path, allow_pickle=False) as file:
-        leaves, tree = jax.tree.flatten(state)
-        saved = [file[f"leaf{i}"] for i in range(len(leaves))]
-        progress = {name: file[name].item() for name in file.files if not name.startswith("leaf")}
-    if [leaf.shape for leaf in saved] != [leaf.shape for leaf in leaves]:
-        raise TrainingError(f"{path} belongs to a model of another shape: delete it or choose another --output")
-    return jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in saved]), progress
+def load_state(path: Path, state, run: str):
+    """The state that `save_state` wrote in the same `run`, in the form of `state`, and its progress."""
+    leaves, tree = jax.tree.flatten(state)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            progress = {name: file[name].item() for name in file.files if not name.startswith("leaf")}
+            if progress["run"] == run:
+                saved = [jnp.asarray(file[f"leaf{i}"]) for i in range(len(leaves))]
+                return jax.tree.unflatten(tree, saved), progress
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise TrainingError(f"{path} is damaged ({error}): delete it to train anew") from None
+    raise TrainingError(
+        f"{path} is of another run, {progress['run']}: repeat its settings, or choose another --output"
+    )
 
 
 def train(
@@ -229,11 +252,15 @@ def train(
     Stops after `n_steps`, or when `patience` evaluations in a row have not improved. An interrupted run goes
     on where it was saved last when it is started again. Returns the best loss in nats a character.
     """
-    if n_embd % n_head:
-        raise TrainingError(f"n_embd {n_embd} cannot be shared out to n_head {n_head}: make it a multiple")
+    settings = {name: value for name, value in locals().items() if name not in ("text", "output")}
+    check(settings)
     directory = Path(output)
     state_path = directory / "training_state.npz"
     train_text, valid_text = read_and_split(text)
+    digest = crc32((train_text + valid_text).encode())
+    run = json.dumps(
+        {**{k: v for k, v in settings.items() if k not in NOT_OF_THE_RUN}, "crc32_of_text": digest}
+    )
     resuming = state_path.exists()
     encoder = get_encoder(directory) if resuming else train_encoder(train_text, n_vocab)
     train_ids, valid_ids = encoder.encode(train_text), encoder.encode(valid_text)
@@ -256,9 +283,9 @@ def train(
     step = make_step(optimizer, n_head, dropout_rate, average)
     params = jax.tree.map(jnp.asarray, init_params(hparams, seed))
     state = {"params": params, "average": jax.tree.map(jnp.copy, params), "optimizer": optimizer.init(params)}
-    progress = {"done": 0, "best": float("inf"), "best_at": 0}
+    progress: dict[str, Any] = {"run": run, "done": 0, "best": float("inf"), "best_at": 0}
     if resuming:
-        state, progress = load_state(state_path, state)
+        state, progress = load_state(state_path, state, run)
 
     key = jax.random.key(seed, impl="rbg")
     bar = trange(progress["done"], n_steps, initial=progress["done"], total=n_steps, desc="training")
@@ -280,11 +307,31 @@ def train(
     return progress["best"]
 
 
-if __name__ == "__main__":
-    import fire
-
+def main() -> int:
+    """The command line: a flag for each argument of `train`."""
+    usage = "python -m picogpt.train TEXT --output DIRECTORY [--flag value]... (--help lists the flags)"
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
+    for name, parameter in inspect.signature(train).parameters.items():
+        if name == "text":
+            parser.add_argument(name, help="the text, a UTF-8 file")
+        elif name == "output":
+            parser.add_argument("--output", required=True, help="the model directory to write")
+        else:
+            parser.add_argument(
+                f"--{name}", type=parameter.annotation, default=parameter.default, help="%(default)s"
+            )
     try:
-        fire.Fire(train)
+        train(**vars(parser.parse_args()))
+        return 0
+    except KeyboardInterrupt:
+        print("picogpt.train: interrupted; the same command goes on from the last evaluation", file=sys.stderr)
+        return 130
     except PicogptError as error:
         print(f"picogpt.train: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        print(f"picogpt.train: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

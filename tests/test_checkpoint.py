@@ -394,8 +394,8 @@ def test_where_a_model_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("picogpt.checkpoint.__file__", str(checkout / "picogpt" / "checkpoint.py"))
     with pytest.raises(CheckpointError, match="no model 'shakespeare'"):
         find_model_dir("shakespeare")
-    # Each comes before those above it. The package's own model is first: what lies in a folder cannot hide it.
-    for place in (Path(), Path("models"), checkout / "models", checkout / "picogpt" / "models"):
+    # Each comes before those above it. A folder that happens to be here cannot hide the package's own model.
+    for place in (Path(), checkout / "models", checkout / "picogpt" / "models", Path("models")):
         (place / "shakespeare").mkdir(parents=True)
         assert find_model_dir("shakespeare") == place / "shakespeare"
     Path("124M").mkdir()

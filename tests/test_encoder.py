@@ -602,3 +602,20 @@ def test_import_is_light():
         "tqdm",
     }
     assert "regex" in result.stdout.split() and not heavy & set(result.stdout.split())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX redirections")
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        (">/dev/full", "cannot write: No space left on device\n"),
+        (">&-", "standard input and output must be open\n"),
+        ("<&-", "standard input and output must be open\n"),
+    ],
+)
+def test_streams_that_cannot_be_used(redirection, message):
+    if "full" in redirection and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = f'"{sys.executable}" -m picogpt.encoder text {redirection}'
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (result.returncode, result.stderr) == (2, message)

@@ -266,6 +266,21 @@ class TestContext:
             assert len(generate([0] * (N_CTX - 1), PARAMS, N_HEAD, 1, context=context)) == 1
 
 
+def test_taps_see_jax_generate_as_they_see_numpy():
+    jax = pytest.importorskip("jax")
+    seen = {}
+
+    def look(name, x):
+        seen.setdefault(len(x), []).append(name)
+        return x
+
+    arrays = jax.tree.map(jax.numpy.asarray, PARAMS)
+    assert generate(PROMPT, with_taps(arrays, look), N_HEAD, 4) == generate(PROMPT, PARAMS, N_HEAD, 4)
+    on_jax, seen = seen, {}
+    generate(PROMPT, with_taps(PARAMS, look), N_HEAD, 4)
+    assert on_jax == seen
+
+
 class TestThreads:
     """A BLAS with several threads: long prompts are shared among as many."""
 

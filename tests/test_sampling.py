@@ -135,7 +135,8 @@ class TestGreedy:
 
     @pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"temperature": 0, "top_k": 3, "seed": 5}])
     def test_when(self, settings):
-        assert make_sampler(**settings) is greedy
+        choose = make_sampler(**settings)
+        assert [choose(LOGITS["random"]) for _ in range(20)] == [greedy(LOGITS["random"])] * 20
 
     def test_jax(self):
         jnp = pytest.importorskip("jax.numpy")
@@ -144,6 +145,16 @@ class TestGreedy:
 
 
 class TestExtremes:
+    @pytest.mark.parametrize("settings", [{}, {"temperature": 1}, {"top_p": 0.5}])
+    @pytest.mark.parametrize("wrong", [np.nan, np.inf])
+    def test_a_damaged_model_is_told(self, settings, wrong):
+        with pytest.raises(SamplingError, match="computed NaN or infinity"):
+            make_sampler(**settings)(np.array([1.0, wrong, 2.0]))
+
+    def test_a_number_too_large_for_a_float(self):
+        with pytest.raises(SamplingError, match="temperature is 1000"):
+            make_sampler(temperature=10**400)
+
     @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-308, 5e-324])
     def test_the_coldest_is_greedy(self, temperature):
         p = probabilities(LOGITS["random"], temperature)

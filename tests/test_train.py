@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from picogpt import PicogptError, train
+from picogpt import train
 from picogpt.checkpoint import load_encoder_hparams_and_params
 from picogpt.encoder import get_encoder
 from picogpt.model import gpt2, with_taps
@@ -148,17 +148,42 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(text_file, tmp_
     assert ours == theirs
 
 
-def test_a_state_of_another_shape_is_refused(text_file, tmp_path):
+def test_a_state_of_another_run_or_a_damaged_one_is_refused(text_file, tmp_path):
+    state = tmp_path / "out" / "training_state.npz"
     train.train(text_file, str(tmp_path / "out"), n_steps=5, **SMALL)
-    with pytest.raises(PicogptError, match="another shape"):
-        train.train(text_file, str(tmp_path / "out"), n_steps=5, **{**SMALL, "n_embd": 12})
+    for changes in ({"n_embd": 12}, {"n_head": 4}, {"seed": 1}, {"learning_rate": 1e-2}):
+        with pytest.raises(train.TrainingError, match="of another run"):
+            train.train(text_file, str(tmp_path / "out"), **{"n_steps": 5, **SMALL, **changes})
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(train.TrainingError, match="damaged"):
+        train.train(text_file, str(tmp_path / "out"), n_steps=5, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--n_head", "0"], 2, "n_head is 0: it must be at least 1"),
+        (["--dropout_rate", "1"], 2, "dropout_rate is 1.0"),
+        (["--learning_rate", "abc"], 2, "invalid float value: 'abc'"),
+        (["--foo", "3"], 2, "unrecognized arguments: --foo 3"),
+        (["--n_ctx", "100000"], 2, "less than one window"),
+    ],
+)
+def test_command_line_refuses_in_a_line(flags, status, message, text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", text_file, "--output", str(tmp_path / "out"), *flags])
+    try:
+        assert train.main() == status
+    except SystemExit as error:
+        assert error.code == status
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_trained_is_refused_in_a_line(text_file, tmp_path):
     output = tmp_path / "out"
     for text, changes, message in [
         (str(tmp_path / "none.txt"), {}, "cannot read"),
-        (text_file, {"n_head": 5}, "n_embd 24 cannot be shared out to n_head 5"),
+        (text_file, {"n_head": 5}, "n_embd 24 is no multiple of n_head 5"),
         (text_file, {"n_ctx": 10_000}, "less than one window of 10000"),
     ]:
         with pytest.raises(train.TrainingError, match=message):
