@@ -43,5 +43,5 @@ train: .venv/installed-dev ## train models/shakespeare anew, into runs/shakespea
 # torch first, pinned: a bare `torch` may bring gigabytes of GPU libraries that nothing here uses.
 .venv/installed-oracle: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable ".[oracle]" threadpoolctl safetensors
+	$(BIN)/python -m pip install --quiet --editable ".[oracle]"
 	@touch $@ .venv/installed

@@ -5,7 +5,6 @@ functions see rows; to them a decode step is a prompt of one row, and a batch is
 """
 
 from collections.abc import Callable
-from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -40,10 +39,7 @@ class KVCache:
     def __call__(self, q, k, v, tap=keep):  # [n_head, n_q, d], 2 x [n_head, n_q, d] -> [n_head, n_q, d]
         start = self.length
         self.reserve(k.shape[1], k)
-        self.store[0, :, start : self.length] = k
-        self.store[1, :, start : self.length] = v
-        keys, values = self.store[:, :, : self.length]
-        return causal_attention(q, keys, values, tap)
+        return self.part(start, self.length)(q, k, v, tap)
 
     def reserve(self, n_rows: int, like) -> None:
         """Lengthen by `n_rows`, whose content is still to be written, for keys such as `like`."""
@@ -59,16 +55,16 @@ class KVCache:
             store[:, :, :filled] = self.store[:, :, :filled]
         self.store = store
 
-    def part(self, start: int, stop: int, barrier: Barrier) -> Callable[..., Any]:
-        """An `attend` for the thread that owns the reserved rows `start` to `stop`, while others own the rest.
+    def part(self, start: int, stop: int, wait: Callable[[], object] = lambda: None) -> Callable[..., Any]:
+        """An `attend` for the reserved rows `start` to `stop`.
 
-        Rows know nothing of one another but in attention: each thread writes its keys and values, waits at
-        `barrier` until all have, and attends."""
+        Rows know nothing of one another but in attention: threads that own a part each write its keys and
+        values, `wait` until all have, and attend."""
 
         def attend(q, k, v, tap=keep):  # [n_head, n_q, d], 2 x [n_head, n_q, d] -> [n_head, n_q, d]
             self.store[0, :, start:stop] = k
             self.store[1, :, start:stop] = v
-            barrier.wait()
+            wait()
             keys, values = self.store[:, :, :stop]
             return causal_attention(q, keys, values, tap)
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from copy import copy
 from itertools import chain, pairwise
 from numbers import Integral
 from threading import Barrier, Lock
@@ -63,7 +64,7 @@ class Decoder:
         borders = [round(c / 2 * ((1 + 4 * share / c) ** 0.5 - 1)) for share in shares]
 
         def read(begin, end):
-            attends = [cache.part(start + begin, start + end, barrier) for cache in self.caches]
+            attends = [cache.part(start + begin, start + end, barrier.wait) for cache in self.caches]
             return self._read(
                 ids[begin:end], start + begin, attends, slice(-1, None) if end == len(ids) else slice(0)
             )
@@ -80,8 +81,8 @@ class Decoder:
 
     def fork(self) -> "Decoder":
         """A second decoder that has read the same ids."""
-        twin = Decoder(self.params, self.n_head, 1)
-        twin.position, twin.caches = self.position, [cache.fork() for cache in self.caches]
+        twin = copy(self)
+        twin.caches = [cache.fork() for cache in self.caches]
         return twin
 
 
@@ -114,9 +115,7 @@ class JAXDecoder:
         return logits
 
     def fork(self) -> "JAXDecoder":
-        twin = JAXDecoder.__new__(JAXDecoder)
-        twin.__dict__.update(self.__dict__)
-        return twin
+        return copy(self)
 
 
 def _jax_step(ids, params, state, start, n_head):
@@ -180,10 +179,13 @@ def streams(
         samplers.append(make_sampler(temperature, top_k, top_p, None if seed is None else seed + i))
     stops = frozenset(stop_ids)
     ids = _fit(_check_ids(inputs, n_vocab), n, n_ctx, context)
-    is_numpy = params["wte"].__array_namespace__() is np
-    read = functools.partial(
-        _read, Decoder if is_numpy else JAXDecoder, params, n_head, min(len(ids) + n, n_ctx), n_ctx
-    )
+    make_decoder = Decoder if params["wte"].__array_namespace__() is np else JAXDecoder
+    capacity = min(len(ids) + n, n_ctx)
+
+    def read(ids: list[int]) -> tuple[Any, Any]:
+        decoder = make_decoder(params, n_head, capacity)
+        return decoder, decoder(ids[-n_ctx:])
+
     prefill = functools.cache(lambda: read(ids))
 
     def continuation(choose: Callable[..., int]) -> Iterator[int]:
@@ -208,12 +210,6 @@ def streams(
                 logits = decoder([next_id])
 
     return [continuation(choose) for choose in samplers]
-
-
-def _read(decoder_class, params, n_head, capacity, n_ctx, ids):
-    """A new decoder that has read the last n_ctx of the ids, and its logits."""
-    decoder = decoder_class(params, n_head, capacity)
-    return decoder, decoder(ids[-n_ctx:])
 
 
 def _check_count(name: str, value: Any, least: int) -> int:

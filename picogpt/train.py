@@ -20,8 +20,9 @@ from tqdm import trange
 
 from picogpt import PicogptError
 from picogpt.checkpoint import save_checkpoint
-from picogpt.encoder import Encoder, get_encoder
+from picogpt.encoder import END_OF_TEXT, Encoder, get_encoder
 from picogpt.model import gpt2, with_taps
+from picogpt.tensor_bundle import new_file
 
 try:
     import jax
@@ -34,7 +35,6 @@ except ImportError as error:
     print(f"training needs {error.name}: pip install jax optax tokenizers", file=sys.stderr)
     sys.exit(2)
 
-END_OF_TEXT = "<|endoftext|>"
 LEAST = {"n_vocab": 257, "seed": 0, "learning_rate": 0, "weight_decay": 0, "dropout_rate": 0, "average": 0}
 NOT_OF_THE_RUN = ("eval_every", "patience")  # what may change when a run goes on
 
@@ -114,7 +114,7 @@ class Windows:
     def __init__(self, ids: list[int], encoder: Encoder, n_ctx: int, batch_size: int, seed: int):
         self.ids = np.array(ids, dtype=np.int32)
         self.n_ctx, self.batch_size, self.seed = n_ctx, batch_size, seed
-        self.end_of_text = encoder.encoder[END_OF_TEXT]
+        self.end_of_text = encoder.end_of_text
         blank = self.ids[: -n_ctx - 1] == encoder.encode("\n")[0]
         self.openings = np.flatnonzero(blank[:-1] & blank[1:]) + 2
 
@@ -133,7 +133,7 @@ def nats_per_character(params, ids: list[int], encoder: Encoder, n_ctx: int, n_h
     """Loss on a text that begins with `<|endoftext|>`: whole windows of n_ctx without overlap, the total nats
     of their predictions over the characters they predict (what is left at the end, under a window, is not)."""
     n_windows = len(ids) // n_ctx
-    sequence = np.array([encoder.encoder[END_OF_TEXT], *ids], dtype=np.int32)
+    sequence = np.array([encoder.end_of_text, *ids], dtype=np.int32)
     windows = sequence[np.arange(n_windows)[:, None] * n_ctx + np.arange(n_ctx + 1)]
     nats = sum(
         float(_window_losses(params, rows, n_head).sum())
@@ -205,12 +205,10 @@ def check(settings: dict[str, Any]) -> None:
 
 
 def save_state(path: Path, state, **progress) -> None:
-    """Write everything a later run needs to go on, under a temporary name first."""
-    temporary = path.with_suffix(".tmp")
+    """Write everything a later run needs to go on, whole or not at all."""
     leaves: Any = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    with temporary.open("wb") as file:
+    with new_file(path) as file:
         np.savez(file, **leaves, **progress)
-    temporary.replace(path)
 
 
 def load_state(path: Path, state, run: str):

@@ -316,10 +316,10 @@ from models import random_ids, random_params
 from picogpt import generation
 from picogpt.cache import KVCache
 
-def part(self, start, stop, barrier, share=KVCache.part):
+def part(self, start, stop, wait, share=KVCache.part):
     def fail(q, k, v, tap):
         raise ValueError("in one of three threads")
-    return fail if 0 < start and stop < 301 else share(self, start, stop, barrier)
+    return fail if 0 < start and stop < 301 else share(self, start, stop, wait)
 
 KVCache.part = part
 generation._blas_threads, generation.ROWS_PER_THREAD = lambda: 3, 100
