@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from picogpt.model import attention, causal_attention, keep
+from picogpt.model import attention, causal_attention, causal_mask, keep
 
 
 def with_attend(params, attends):
@@ -95,9 +95,7 @@ class JAXCache:
         here = self.length + xp.arange(k.shape[1])
         keys, values = self.state
         self.state = keys, values = keys.at[:, here].set(k), values.at[:, here].set(v)
-        ahead = xp.arange(keys.shape[1]) > here[:, None]
-        mask = xp.where(ahead, -xp.inf, 0.0).astype(q.dtype)
-        return attention(q, keys, values, mask, tap)
+        return attention(q, keys, values, causal_mask(here, keys.shape[1], q.dtype), tap)
 
 
 def packed(attends, lengths):

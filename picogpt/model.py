@@ -92,6 +92,12 @@ def attention(q, k, v, mask=None, tap=keep):
     return tap("hook_pattern", pattern) @ v                             # [..., n_q, n_k] -> [..., n_q, d]
 
 
+def causal_mask(positions, n_k, dtype):  # [n_q] -> [n_q, n_k]
+    """What to add to the scores so that the query at each position sees no key that comes after it."""
+    xp = positions.__array_namespace__()
+    return xp.where(xp.arange(n_k) > positions[:, None], -xp.inf, 0.0).astype(dtype)
+
+
 def causal_attention(q, k, v, tap=keep):
     # [n_head, n_q, d], [n_head, n_k, d], [n_head, n_k, d] -> [n_head, n_q, d]
     """Attention in which nobody sees the future; the queries belong to the last n_q >= 1 of the n_k keys."""
@@ -104,8 +110,7 @@ def causal_attention(q, k, v, tap=keep):
     for start in range(0, n_q, rows):
         stop = min(start + rows, n_q)
         seen = n_k - n_q + stop  # keys that the block's last row may see
-        ahead = xp.arange(seen) > xp.arange(seen + start - stop, seen)[:, None]
-        mask = xp.where(ahead, -xp.inf, 0.0).astype(q.dtype)
+        mask = causal_mask(xp.arange(seen + start - stop, seen), seen, q.dtype)
         blocks.append(attention(q[:, start:stop], k[:, :seen], v[:, :seen], mask, tap))
     return xp.concatenate(blocks, axis=1)
 
