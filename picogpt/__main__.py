@@ -4,8 +4,6 @@ Nothing heavy is imported before it is needed, since the first token is waited f
 has been seen (a BLAS counts its threads when it is loaded), threadpoolctl after the last token.
 """
 
-import errno
-import io
 import os
 import re
 import signal
@@ -15,7 +13,8 @@ from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
-from picogpt import PicogptError
+from picogpt.command import INTERRUPTED, UsageError, exit_status, say, write
+from picogpt.machine import set_threads
 
 HELP = """\
 picogpt continues a text with GPT-2, on NumPy alone.
@@ -27,9 +26,11 @@ The prompt - is standard input (UTF-8; one final newline is dropped), and so is 
 An empty prompt, or none, starts a new text from <|endoftext|>.
 
     --n_tokens_to_generate 40  how many tokens at most; <|endoftext|> ends the text earlier
-    --model_size NAME_OR_DIR   a model directory, or the name of one in --models_dir, such as 124M;
+    --model_size NAME_OR_DIR   124M, 355M, 774M or 1558M, OpenAI's, downloaded when it is not there yet; or the
+                               name of a directory in --models_dir; or any model directory;
                                without it the small model that comes with the program answers
-    --models_dir models        where models are looked for by name
+    --models_dir DIR           where models live; otherwise $PICOGPT_MODELS_DIR, or ./models if there is one, or
+                               the user's cache directory (python -m picogpt.info shows them)
     --temperature T            0 always takes the likeliest token (greedy); 0.8 surprises more; by default 0,
                                or 1 when --top_k or --top_p is given
     --top_k K                  draw among the K likeliest tokens only
@@ -49,14 +50,7 @@ The exit status is 0, or 2 after an error, or 130 after Ctrl-C.
 
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # so "--help me" is none: it has a space
 TEXT_FLAGS = {"prompt", "model_size", "models_dir", "stop", "context", "backend"}
-# OpenBLAS reads the first of these, then Intel's, Apple's, and the last XLA, on which JAX runs.
-THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "NPROC")
-INTERRUPTED = 130  # as shells have it: 128 + SIGINT
-EMBEDDED_NOTE = " (the embedded model; GPT-2 itself: --model_size 124M says how to get it)"
-
-
-class UsageError(PicogptError):
-    """A command line, an input or an output that cannot be used."""
+EMBEDDED_NOTE = " (the embedded model; GPT-2 itself: --model_size 124M)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,34 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     spot: an exception would get lost, or turned into another, in one of the modules being imported.
     """
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    try:
-        if sys.stdout is None:
-            raise UsageError("standard output is closed: there is nowhere to write to")
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8", newline="")
-        if argv is None:  # UTF-8, also where the locale made Python read something else
-            argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in sys.argv[1:]]
-        command = quote(argv)
-        if command is None:
-            write(HELP)
-        else:
-            import fire
+    if argv is None:  # UTF-8, also where the locale made Python read something else
+        argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in sys.argv[1:]]
+    words = argv
 
-            fire.Fire(run, command, name="picogpt")
-        return 0
-    except BrokenPipeError:  # whoever read us has read enough
-        return 0
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except PicogptError as error:
-        say(str(error))
-    except ModuleNotFoundError as error:
-        say(f"the Python module {error.name} is not installed: `pip install .` in the checkout brings them all")
-    except MemoryError as error:
-        say(f"out of memory ({str(error) or 'no details'}): take a smaller model or a shorter prompt")
-    except OSError as error:
-        say(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    return 2
+    def command() -> None:
+        flags = quote(words)
+        if flags is None:
+            return write(HELP)
+        import fire
+
+        fire.Fire(run, flags, name="picogpt")
+
+    return exit_status(command)
 
 
 def quote(argv: Sequence[str]) -> list[str] | None:
@@ -160,7 +139,7 @@ def run(
     prompt: str | None = None,
     n_tokens_to_generate: int = 40,
     model_size: str | None = None,
-    models_dir: str = "models",
+    models_dir: str | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -174,9 +153,10 @@ def run(
     """Generate and print: what Fire calls, a keyword a flag."""
     check(stop, backend, threads)
     if threads is not None:
-        os.environ.update(dict.fromkeys(THREADS, str(threads)))
-    from picogpt.checkpoint import EMBEDDED, load_encoder_hparams_and_params
+        set_threads(threads)
+    from picogpt.checkpoint import load_encoder_hparams_and_params
     from picogpt.generation import streams
+    from picogpt.model_dirs import EMBEDDED
 
     model = EMBEDDED if model_size is None else model_size
     encoder, hparams, params = load_encoder_hparams_and_params(model, models_dir)
@@ -310,26 +290,6 @@ def engine(backend: str) -> str:
             n, kernel = blas["num_threads"], blas.get("architecture") or blas["version"]
             return f"{blas['internal_api']} {kernel}, {n} thread{'s' * (n != 1)}"
     return "a BLAS that threadpoolctl does not know"  # such as Apple's Accelerate
-
-
-def write(text: str) -> None:
-    """Write to standard output, now. Raises BrokenPipeError if nobody reads it any more."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        # Python would try, and complain, once more at exit: let that attempt succeed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno in (errno.EPIPE, errno.EINVAL):  # EINVAL is how Windows says it
-            raise BrokenPipeError from None
-        raise UsageError(f"cannot write to standard output: {error.strerror}") from error
-
-
-def say(message: str) -> None:
-    """Write one line to standard error, if that is open."""
-    if sys.stderr is not None:
-        with suppress(OSError):
-            print("picogpt:", message.replace("\n", " "), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

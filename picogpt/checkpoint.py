@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from picogpt.encoder import Encoder, get_encoder
 from picogpt.hugging_face import hugging_face_name, read_config, read_json, read_safetensors_index
+from picogpt.model_dirs import OPENAI_SIZES, find_model_dir
 from picogpt.tensor_bundle import (
     CheckpointError,
     Entry,
@@ -28,18 +28,6 @@ from picogpt.tensor_bundle import (
     write_bundle,
 )
 
-EMBEDDED = "shakespeare"  # the model that comes with the package
-OPENAI_SIZES = ("124M", "355M", "774M", "1558M")
-OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-OPENAI_FILES = (
-    "checkpoint",
-    "encoder.json",
-    "hparams.json",
-    "model.ckpt.data-00000-of-00001",
-    "model.ckpt.index",
-    "model.ckpt.meta",
-    "vocab.bpe",
-)
 VOCABULARY_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 
 # Far above every GPT-2, and low enough that a damaged number cannot keep us busy.
@@ -49,9 +37,10 @@ _PREVIOUS = "model.ckpt.previous"  # `save_checkpoint` keeps the old weights her
 
 
 def load_encoder_hparams_and_params(
-    model_size: str = "124M", models_dir: str | Path = "models", *, verify: bool = False
+    model_size: str = "124M", models_dir: str | Path | None = None, *, verify: bool = False
 ) -> tuple[Encoder, dict[str, int], dict[str, Any]]:
-    """Load the model that `model_size` names: a directory in `models_dir`, any other directory, or `EMBEDDED`.
+    """Load the model that `model_size` names: see `find_model_dir`. One of OPENAI_SIZES is fetched if it is
+    not there: see `download`.
 
     Returns the encoder; hparams, the ints n_vocab, n_ctx, n_embd, n_head, n_layer; and params, the nested dict
     for `gpt2(inputs, **params, n_head=hparams["n_head"])`, float32, read-only, mapped (see `read_tensors`).
@@ -59,29 +48,12 @@ def load_encoder_hparams_and_params(
     Raises PicogptError for what is missing, damaged, or not GPT-2.
     """
     directory = find_model_dir(model_size, models_dir)
+    if directory is None:
+        from picogpt.download import download  # requests takes 90 ms to import
+
+        directory = download(model_size, models_dir)
     hparams, params = load_hparams_and_params(directory, verify=verify)
     return load_encoder(directory, hparams), hparams, params
-
-
-def find_model_dir(model_size: str, models_dir: str | Path = "models") -> Path:
-    """Return the directory that `model_size` names. The error for an unknown name says what there is."""
-    candidates = [Path(models_dir, model_size), Path(model_size)] if model_size else []
-    if model_size == EMBEDDED:
-        package = Path(__file__).parent  # the model lies in the package when installed, beside it in a checkout
-        candidates[1:1] = [package / "models" / EMBEDDED, package.parent / "models" / EMBEDDED]
-    for directory in candidates:
-        with suppress(OSError, ValueError):  # a name that is too long, or has a zero byte in it
-            if directory.is_dir():
-                return directory
-    if model_size in OPENAI_SIZES:
-        raise CheckpointError(f"there is no model {model_size} yet: {_cure(Path(models_dir, model_size))}")
-    names = [EMBEDDED, *OPENAI_SIZES]
-    with suppress(OSError):
-        names += sorted(path.name for path in Path(models_dir).iterdir() if path.is_dir())
-    raise CheckpointError(
-        f"there is no model {model_size!r}: it is neither a directory nor one in {str(models_dir)!r}; "
-        f"known are {_listed(list(dict.fromkeys(names)))}"
-    )
 
 
 def load_encoder(directory: Path, hparams: Mapping[str, int]) -> Encoder:
@@ -299,10 +271,10 @@ def _listed(names: list[str]) -> str:
 
 
 def _cure(directory: Path) -> str:
-    """Return what to do about a model that is not there, or not whole."""
-    if directory.name not in OPENAI_SIZES:
-        return f"put a model into {directory}, in OpenAI's layout or Hugging Face's"
-    return f"fetch {' '.join(OPENAI_FILES)} from {OPENAI_URL}/{directory.name}/ into {directory}"
+    """Return what to do about a model that is not whole."""
+    if directory.name in OPENAI_SIZES:
+        return f"`python -m picogpt.download {directory.name} --models_dir {directory.parent}` completes it"
+    return f"put a model into {directory}, in OpenAI's layout or Hugging Face's"
 
 
 def _current_prefix(directory: Path) -> str:

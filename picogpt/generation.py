@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import copy
 from itertools import chain, pairwise
 from numbers import Integral
-from threading import Barrier, Lock
+from threading import Barrier
 from typing import Any
 
 import numpy as np
 
 from picogpt import PicogptError
 from picogpt.cache import JAXCache, KVCache, with_attend
+from picogpt.machine import blas_threads, one_blas_thread, spare_core
 from picogpt.model import gpt2
 from picogpt.sampling import make_sampler
 
@@ -21,8 +22,7 @@ from picogpt.sampling import make_sampler
 # temporary of a long prompt is paid for again in page faults: a third of the prefill.
 np.empty((32 << 20) - 8192, dtype=np.uint8)
 
-_ONE_PROMPT_AT_A_TIME = Lock()  # the number of BLAS threads is the whole process's
-ROWS_PER_THREAD = 128  # fewer are not worth a thread: the weights are read once for each
+ROWS_PER_THREAD = 32  # with fewer a thread costs more than it saves: it reads all the weights, too
 
 
 class GenerationError(PicogptError):
@@ -41,9 +41,10 @@ class Decoder:
         start, self.position = self.position, self.position + len(ids)
         # Somebody who watches is shown whole arrays, in order.
         most = 1 if "tap" in self.params else len(ids) // ROWS_PER_THREAD
-        n_threads = min(most, _blas_threads()) if most > 1 else 1
+        n_threads = min(most, blas_threads()) if most > 1 else 1
         if n_threads == 1:
-            return self._read(ids, start, self.caches, slice(-1, None))[0]
+            with spare_core():
+                return self._read(ids, start, self.caches, slice(-1, None))[0]
         return self._read_in_threads(ids, start, n_threads)[0]
 
     def _read(self, ids, start, attends, rows):
@@ -69,7 +70,7 @@ class Decoder:
                 ids[begin:end], start + begin, attends, slice(-1, None) if end == len(ids) else slice(0)
             )
 
-        with _ONE_PROMPT_AT_A_TIME, _blas().limit(limits=1), ThreadPoolExecutor(n_threads) as pool:
+        with one_blas_thread(), ThreadPoolExecutor(n_threads) as pool:
             try:
                 parts = [pool.submit(read, begin, end) for begin, end in pairwise(borders)]
                 for part in as_completed(parts):
@@ -84,18 +85,6 @@ class Decoder:
         twin = copy(self)
         twin.caches = [cache.fork() for cache in self.caches]
         return twin
-
-
-@functools.cache
-def _blas():
-    """The BLAS libraries that NumPy has loaded."""
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController().select(user_api="blas")
-
-
-def _blas_threads() -> int:
-    return min((library["num_threads"] for library in _blas().info()), default=1)
 
 
 class JAXDecoder:

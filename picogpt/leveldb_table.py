@@ -90,6 +90,11 @@ def masked_crc32c(data: bytes | np.ndarray) -> int:
     crc = 0
     for at in range(0, len(data), 1 << 20):
         crc = google_crc32c.extend(crc, bytes(data[at : at + (1 << 20)]))
+    return mask(crc)
+
+
+def mask(crc: int) -> int:
+    """Return a CRC32C as the table stores it."""
     return ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF
 
 

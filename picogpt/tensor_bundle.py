@@ -77,10 +77,15 @@ def read_index(prefix: str | Path) -> dict[str, Entry]:
     """
     path = Path(f"{prefix}.index")
     with reading(path):
-        pairs = read_table(read_small_file(path))
-        num_shards = _num_shards(*next(pairs, (b"", b"")))
-        entries = dict(_entry(key, value, prefix, num_shards) for key, value in pairs)
-        check_entries(entries)
+        return parse_index(read_small_file(path), prefix)
+
+
+def parse_index(content: bytes, prefix: str | Path) -> dict[str, Entry]:
+    """Return what `read_index` does, of an index in memory. Raises ValueError."""
+    pairs = read_table(content)
+    num_shards = _num_shards(*next(pairs, (b"", b"")))
+    entries = dict(_entry(key, value, prefix, num_shards) for key, value in pairs)
+    check_entries(entries)
     return entries
 
 
@@ -235,7 +240,7 @@ def _as_float32(raw: np.ndarray, entry: Entry) -> np.ndarray:
 
 def _num_shards(key: bytes, value: bytes) -> int:
     """Check the BundleHeaderProto, and return the number of shards."""
-    header = _fields(value)
+    header = message_fields(value)
     if key != b"" or _number(header, 1) == 0:
         raise ValueError("it has no header: not the index of a TensorFlow V2 checkpoint")
     if _number(header, 2) != 0:
@@ -247,7 +252,7 @@ def _num_shards(key: bytes, value: bytes) -> int:
 
 def _entry(key: bytes, value: bytes, prefix: str | Path, num_shards: int) -> tuple[str, Entry]:
     """Return a tensor's name and what its BundleEntryProto says."""
-    fields = _fields(value)
+    fields = message_fields(value)
     if key.startswith(b"\0") or 7 in fields:
         raise ValueError(f"{key!r:.80} is stored in slices (a partitioned variable): not read; save it whole")
     name = key.decode()
@@ -276,7 +281,7 @@ def _encode_entry(entry: Entry) -> bytes:
     return message + b"\x35" + struct.pack("<I", entry.crc32c)
 
 
-def _fields(message: bytes) -> _Fields:
+def message_fields(message: bytes) -> _Fields:
     """Return the fields of a protocol buffer by number, each a list; unknown ones do no harm."""
     fields: _Fields = {}
     value: int | bytes
@@ -307,4 +312,4 @@ def _messages(fields: _Fields, field: int) -> list[_Fields]:
     values = fields.get(field, [])
     if not all(isinstance(value, bytes) for value in values):
         raise ValueError(f"damaged: a number where field {field} should be a message")
-    return [_fields(value) for value in values if isinstance(value, bytes)]
+    return [message_fields(value) for value in values if isinstance(value, bytes)]

@@ -6,6 +6,9 @@ import os
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
+# No test reaches the network: nobody listens there.
+os.environ["PICOGPT_BASE_URL"] = "http://127.0.0.1:1"
+
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402

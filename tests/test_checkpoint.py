@@ -12,10 +12,7 @@ import pytest
 
 from picogpt import PicogptError
 from picogpt.checkpoint import (
-    OPENAI_FILES,
-    OPENAI_SIZES,
     CheckpointError,
-    find_model_dir,
     load_encoder_hparams_and_params,
     load_hparams_and_params,
     parameter_shapes,
@@ -360,49 +357,9 @@ def test_missing_files(small, tmp_path):
     for name in ("hparams.json", None):
         with pytest.raises(CheckpointError) as error:
             load_hparams_and_params(openai)
-        assert f"https://openaipublic.blob.core.windows.net/gpt-2/models/124M/ into {openai}" in one_line(error)
+        assert f"`python -m picogpt.download 124M --models_dir {openai.parent}`" in one_line(error)
         if name:
             (openai / name).unlink()
-
-
-# Names of models
-
-
-@pytest.mark.parametrize("size", OPENAI_SIZES)
-def test_a_known_model_that_is_not_there(tmp_path, size):
-    with pytest.raises(CheckpointError) as error:
-        find_model_dir(size, tmp_path)
-    said = one_line(error)
-    assert f"https://openaipublic.blob.core.windows.net/gpt-2/models/{size}/" in said
-    assert str(tmp_path / size) in said
-    assert len(OPENAI_FILES) == 7 and all(name in said for name in OPENAI_FILES)
-
-
-@pytest.mark.parametrize("name", ["", "nothing", "a\0b", "x" * 5000, "two\nlines", "../no"])
-def test_an_unknown_model(tmp_path, name):
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(CheckpointError, match=r"known are .* 355M, 774M, 1558M, mine$"):
-        find_model_dir(name, tmp_path)
-    with pytest.raises(CheckpointError, match=r"known are shakespeare, 124M, 355M, 774M, 1558M$") as error:
-        find_model_dir(name, tmp_path / "nowhere")
-    assert "\n" not in str(error.value)
-
-
-def test_where_a_model_is_looked_for(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    checkout = tmp_path / "checkout"
-    monkeypatch.setattr("picogpt.checkpoint.__file__", str(checkout / "picogpt" / "checkpoint.py"))
-    with pytest.raises(CheckpointError, match="no model 'shakespeare'"):
-        find_model_dir("shakespeare")
-    # Each comes before those above it. A folder that happens to be here cannot hide the package's own model.
-    for place in (Path(), checkout / "models", checkout / "picogpt" / "models", Path("models")):
-        (place / "shakespeare").mkdir(parents=True)
-        assert find_model_dir("shakespeare") == place / "shakespeare"
-    Path("124M").mkdir()
-    assert find_model_dir("124M") == Path("124M")
-    Path("models/124M").mkdir()
-    assert find_model_dir("124M") == Path("models/124M")
-    assert find_model_dir(str(tmp_path / "124M")) == tmp_path / "124M"
 
 
 # The encoder

@@ -289,7 +289,7 @@ class TestThreads:
 
     @pytest.fixture(autouse=True)
     def three_threads(self, monkeypatch):
-        monkeypatch.setattr(generation, "_blas_threads", lambda: 3)
+        monkeypatch.setattr(generation, "blas_threads", lambda: 3)
         monkeypatch.setattr(generation, "ROWS_PER_THREAD", 100)
 
     def test_the_same_ids(self, passes):
@@ -322,7 +322,7 @@ def part(self, start, stop, wait, share=KVCache.part):
     return fail if 0 < start and stop < 301 else share(self, start, stop, wait)
 
 KVCache.part = part
-generation._blas_threads, generation.ROWS_PER_THREAD = lambda: 3, 100
+generation.blas_threads, generation.ROWS_PER_THREAD = lambda: 3, 100
 params = random_params(n_vocab=61, n_ctx=400, n_embd=32, n_layer=2)
 generation.generate(random_ids(301, 61), params, 4, 20)
 """

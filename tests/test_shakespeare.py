@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from picogpt.checkpoint import EMBEDDED, find_model_dir, load_encoder_hparams_and_params
+from picogpt.checkpoint import load_encoder_hparams_and_params
+from picogpt.model_dirs import EMBEDDED, find_model_dir
 from picogpt.generation import streams
 from picogpt.model import gpt2
 

@@ -1,0 +1,63 @@
+"""What the commands have in common: an exit status, one line for an error, standard output that may close."""
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from picogpt import PicogptError
+
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
+
+class UsageError(PicogptError):
+    """A command line, an input or an output that cannot be used."""
+
+
+def exit_status(command: Callable[[], None]) -> int:
+    """Run a command: return 0, or 2 after saying in one line what stopped it, or 130 after Ctrl-C.
+
+    Standard output is made UTF-8, whatever the platform prefers.
+    """
+    try:
+        if sys.stdout is None:
+            raise UsageError("standard output is closed: there is nowhere to write to")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", newline="")
+        command()
+        return 0
+    except BrokenPipeError:  # whoever read us has read enough
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except PicogptError as error:
+        say(str(error))
+    except ModuleNotFoundError as error:
+        say(f"the Python module {error.name} is not installed: `pip install .` in the checkout brings them all")
+    except MemoryError as error:
+        say(f"out of memory ({str(error) or 'no details'}): take a smaller model or a shorter prompt")
+    except OSError as error:
+        say(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    return 2
+
+
+def write(text: str) -> None:
+    """Write to standard output, now. Raises BrokenPipeError if nobody reads it any more."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try, and complain, once more at exit: let that attempt succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno in (errno.EPIPE, errno.EINVAL):  # EINVAL is how Windows says it
+            raise BrokenPipeError from None
+        raise UsageError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def say(message: str) -> None:
+    """Write one line to standard error, if that is open."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print("picogpt:", message.replace("\n", " "), file=sys.stderr, flush=True)

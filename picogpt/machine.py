@@ -1,0 +1,86 @@
+"""What the machine has: cores, memory, and the BLAS that multiplies NumPy's matrices, with its threads."""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+# OpenBLAS reads the first of these, then Intel's, Apple's, and the last XLA, on which JAX runs.
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "NPROC")
+
+_limiting = Lock()  # the number of BLAS threads is the whole process's
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes of memory that the machine has in all, or that its container may use."""
+    import psutil
+
+    total = psutil.virtual_memory().total
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such limit, or "max"
+        return total
+
+
+@functools.cache
+def blas() -> Any:
+    """The BLAS libraries that NumPy has loaded, as threadpoolctl's controller."""
+    import numpy  # noqa: F401  (it loads them)
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+def blas_threads() -> int:
+    """How many threads the BLAS uses at present; 1 for one that threadpoolctl does not know."""
+    return min((library["num_threads"] for library in blas().info()), default=1)
+
+
+def set_threads(n: int) -> None:
+    """Compute with `n` threads from now on, in libraries that are loaded and in those that will be."""
+    os.environ.update(dict.fromkeys(THREADS, str(n)))
+    blas().limit(limits=n)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let the BLAS use one thread, for one caller at a time."""
+    with _limiting, _limited(1):
+        yield
+
+
+@contextmanager
+def spare_core() -> Iterator[None]:
+    """Leave a core to others: a BLAS with as many threads as cores waits, in every product, for the thread that
+    a busy neighbour has put off. Whoever chose the number of threads, in the environment, gets that number.
+    """
+    with ExitStack() as stack:
+        if not any(name in os.environ for name in THREADS):
+            stack.enter_context(_limiting)
+            n = blas_threads()
+            if n > 1 and n >= cores():
+                stack.enter_context(_limited(n - 1))
+            else:
+                stack.close()
+        yield
+
+
+@contextmanager
+def _limited(n: int) -> Iterator[None]:
+    try:
+        with blas().limit(limits=n):
+            yield
+    finally:
+        # threadpoolctl 3.8 obeys only the thread that set a limit first, unless that thread gives up the right.
+        for library in blas().lib_controllers:
+            getattr(library, "clear_controlling_thread", lambda: None)()

@@ -1,0 +1,126 @@
+"""picogpt/machine.py: threads that are lent and given back, and what the machine has."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from picogpt import machine
+
+pytestmark = pytest.mark.skipif(not machine.blas().info(), reason="threadpoolctl does not know this BLAS")
+
+
+def threads():
+    """What the oracle says; of SciPy's BLAS, which other tests may load later, nothing."""
+    ours = {library["filepath"] for library in machine.blas().info()}
+    return {library["num_threads"] for library in threadpool_info() if library["filepath"] in ours}
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """Four BLAS threads on four cores, and nobody's wish in the environment."""
+    for name in machine.THREADS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    with machine._limited(4):
+        for library in machine.blas().lib_controllers:
+            getattr(library, "clear_controlling_thread", lambda: None)()
+        yield
+
+
+def test_a_core_is_spared_while_a_token_is_computed():
+    assert threads() == {4} and machine.blas_threads() == 4
+    with machine.spare_core():
+        assert threads() == {3}
+    assert threads() == {4}
+
+
+@pytest.mark.parametrize("name", machine.THREADS)
+def test_whoever_chose_the_number_of_threads_gets_it(name, monkeypatch):
+    monkeypatch.setenv(name, "4")
+    with machine.spare_core():
+        assert threads() == {4}
+
+
+@pytest.mark.parametrize("n, cores", [(3, 4), (1, 4), (1, 1)])
+def test_no_core_is_spared_where_there_is_one_to_spare_or_only_one(n, cores, monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    with threadpool_limits(n, user_api="blas"), machine.spare_core():
+        assert threads() == {n}
+
+
+def test_threads_are_given_back_after_an_error_and_lent_to_one_caller_at_a_time():
+    with pytest.raises(KeyError), machine.one_blas_thread():
+        raise KeyError
+    assert threads() == {4}
+    inside = []
+
+    def use(context):
+        for _ in range(200):
+            with context():
+                inside.append(context)
+                time.sleep(0)
+                together.append(len(inside))
+                inside.remove(context)
+
+    together = []
+    users = [threading.Thread(target=use, args=[c]) for c in (machine.spare_core, machine.one_blas_thread)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert together == [1] * 400 and threads() == {4}
+
+
+def test_limits_work_in_any_thread_after_another_has_had_its_own():
+    seen = []
+
+    def use():
+        with machine.spare_core():
+            seen.append(threads())
+
+    users = [threading.Thread(target=use) for _ in range(2)]
+    with machine.spare_core():
+        pass
+    for user in users:
+        user.start()
+        user.join()
+    assert seen == [{3}, {3}]
+
+
+def test_set_threads_is_for_libraries_that_are_loaded_and_that_will_be(monkeypatch):
+    machine.set_threads(2)
+    assert threads() == {2}
+    assert {os.environ[name] for name in machine.THREADS} == {"2"}
+    with machine.spare_core():
+        assert threads() == {2}
+    for name in machine.THREADS:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("limit, share", [("max\n", 1), ("1000000\n", None), (None, 1)])
+def test_memory_is_the_machines_or_the_containers(monkeypatch, limit, share):
+    def read_text(path):
+        if limit is None:
+            raise FileNotFoundError
+        return limit
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert machine.memory() == (psutil.virtual_memory().total if share else 1_000_000)
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.undo()
+    if hasattr(os, "sched_setaffinity"):
+        mine = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(mine)})
+        try:
+            assert machine.cores() == 1
+        finally:
+            os.sched_setaffinity(0, mine)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert machine.cores() == os.cpu_count()
