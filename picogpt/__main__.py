@@ -4,6 +4,7 @@ Nothing heavy is imported before it is needed, since the first token is waited f
 has been seen (a BLAS counts its threads when it is loaded), threadpoolctl after the last token.
 """
 
+import math
 import os
 import re
 import signal
@@ -13,13 +14,14 @@ from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
+from picogpt import __version__
 from picogpt.command import INTERRUPTED, UsageError, exit_status, say, write
-from picogpt.machine import set_threads
+from picogpt.machine import memory, set_threads
 
 HELP = """\
 picogpt continues a text with GPT-2, on NumPy alone.
 
-    picogpt "prompt" [--flag value | --flag=value]...        (or: python -m picogpt ...)
+    picogpt "prompt" [--flag value | --flag=value]...        (or: python -m picogpt ...; --version)
 
 The prompt is one argument and text whatever it looks like; if it looks like a flag, put a lone -- before it.
 The prompt - is standard input (UTF-8; one final newline is dropped), and so is no prompt behind a pipe.
@@ -42,14 +44,19 @@ An empty prompt, or none, starts a new text from <|endoftext|>.
     --context error            when prompt and new tokens exceed the model's window: error; truncate (drop the
                                prompt's beginning); slide (read the last n_ctx tokens anew for every token)
     --backend numpy            or jax
-    --threads N                how many threads compute; without it the BLAS decides
+    --threads N                how many threads compute; without it all cores read the prompt, and all but one
+                               write the text, so that a busy neighbour does not hold them up
 
 Standard output is the new text and one newline; all else goes to standard error.
 The exit status is 0, or 2 after an error, or 130 after Ctrl-C.
+
+Beside it, each with --help: python -m picogpt.download 124M; python -m picogpt.verify MODEL (is it whole, is it
+right?); python -m picogpt.info (which models, which BLAS). And python -m picogpt.encoder "text" shows its tokens.
 """
 
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # so "--help me" is none: it has a space
 TEXT_FLAGS = {"prompt", "model_size", "models_dir", "stop", "context", "backend"}
+MEMORY_BESIDE_WEIGHTS = 150_000_000  # bytes: Python, NumPy, the vocabulary, what a token needs
 EMBEDDED_NOTE = " (the embedded model; GPT-2 itself: --model_size 124M)"
 
 
@@ -65,12 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = argv
 
     def command() -> None:
-        flags = quote(words)
-        if flags is None:
+        if list(words) == ["--version"]:
+            return write(f"picogpt {__version__}\n")
+        if (flags := quote(words)) is None:
             return write(HELP)
         import fire
 
-        fire.Fire(run, flags, name="picogpt")
+        return fire.Fire(run, flags, name="picogpt")
 
     return exit_status(command)
 
@@ -160,6 +168,7 @@ def run(
 
     model = EMBEDDED if model_size is None else model_size
     encoder, hparams, params = load_encoder_hparams_and_params(model, models_dir)
+    warn_of_memory(model, hparams)
     samples = streams(
         encode(read_prompt(prompt), encoder),
         to_jax(params) if backend == "jax" else params,
@@ -216,6 +225,18 @@ def encode(text: str, encoder: Any) -> list[int]:
     if not text and encoder.end_of_text is not None:
         return [encoder.end_of_text]
     return encoder.encode(text)
+
+
+def warn_of_memory(model: str, hparams: dict[str, int]) -> None:
+    """Say beforehand when the weights will not stay in memory: then every token waits for the disk."""
+    from picogpt.checkpoint import parameter_shapes
+
+    needed = MEMORY_BESIDE_WEIGHTS + 4 * sum(map(math.prod, parameter_shapes(hparams).values()))
+    if needed > 1 << 30:  # a machine with less than that is nobody's
+        total, available = memory()
+        if needed > available:
+            has = f"{available / 1e9:.1f} of this machine's {total / 1e9:.1f} GB are free"
+            say(f"{model} needs {needed / 1e9:.1f} GB of memory, but {has}: it will be slow")
 
 
 def to_jax(params: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def load_hparams_and_params(
     """Load a model directory without its vocabulary: see `load_encoder_hparams_and_params`."""
     directory = Path(directory)
     with reading(directory):
-        hparams, entries = _read_entries(directory)
+        hparams, entries = read_entries(directory)
     params: dict[str, Any] = {"blocks": [{} for _ in range(hparams["n_layer"])]}
     for name, tensor in read_tensors(entries, verify=verify).items():
         _, *branches, leaf = name.split("/")  # "model/h0/attn/c_attn/w"
@@ -199,7 +199,8 @@ def _check_hparams(where: str | Path, hparams: Mapping[str, Any]) -> dict[str, i
     return checked
 
 
-def _read_entries(directory: Path) -> tuple[dict[str, int], dict[str, Entry]]:
+def read_entries(directory: Path) -> tuple[dict[str, int], dict[str, Entry]]:
+    """Return the hyper-parameters and, by OpenAI's names, where each tensor lies, all checked."""
     if (directory / "hparams.json").exists():
         hparams = _check_hparams(directory / "hparams.json", read_json(directory / "hparams.json"))
         return hparams, _openai_entries(directory, hparams)

@@ -16,8 +16,8 @@ class UsageError(PicogptError):
     """A command line, an input or an output that cannot be used."""
 
 
-def exit_status(command: Callable[[], None]) -> int:
-    """Run a command: return 0, or 2 after saying in one line what stopped it, or 130 after Ctrl-C.
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Run a command: return 0, or what it returns, or 2 after one line on what stopped it, or 130 after Ctrl-C.
 
     Standard output is made UTF-8, whatever the platform prefers.
     """
@@ -26,8 +26,7 @@ def exit_status(command: Callable[[], None]) -> int:
             raise UsageError("standard output is closed: there is nowhere to write to")
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8", newline="")
-        command()
-        return 0
+        return command() or 0
     except BrokenPipeError:  # whoever read us has read enough
         return 0
     except KeyboardInterrupt:

@@ -10,7 +10,6 @@ Whatever goes wrong on the way, the directory stays usable and the next run goes
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -23,12 +22,14 @@ from typing import Any, BinaryIO, TypeVar
 
 import google_crc32c
 import requests
+import urllib3
 from tqdm import tqdm
 
 from picogpt import PicogptError
 from picogpt.command import exit_status
+from picogpt.hugging_face import parse_object, read_json
 from picogpt.leveldb_table import mask
-from picogpt.model_dirs import OPENAI_SIZES, is_whole, model_dirs
+from picogpt.model_dirs import OPENAI_SIZES, OPENAI_URL, is_whole, model_dirs
 from picogpt.tensor_bundle import (
     MAX_INDEX_BYTES,
     CheckpointError,
@@ -38,10 +39,8 @@ from picogpt.tensor_bundle import (
     parse_index,
     read_index,
     read_tensors,
-    reading,
 )
 
-BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 TIMEOUTS = 10, 30  # seconds to connect, and to wait for the next bytes
 PAUSES = 1, 2, 4, 8, 16  # seconds before another attempt, as long as no attempt brings anything new
 CHUNK = 1 << 17  # bytes at a time: a broken connection loses less
@@ -70,13 +69,13 @@ def download(model_size: str, models_dir: str | Path | None = None, *, base_url:
     """Fetch one of OPENAI_SIZES into the first of `model_dirs(models_dir)`; return its directory, whole and
     every tensor's CRC checked. What is there already, and right, is not fetched again.
 
-    `base_url`, else the environment's PICOGPT_BASE_URL, is a mirror of BASE_URL. Waits for another process that
-    fetches the same. Progress goes to standard error. Raises PicogptError for what cannot be fetched or saved.
+    `base_url`, else the environment's PICOGPT_BASE_URL, is a mirror of OPENAI_URL. Waits for another process
+    that fetches the same. Progress goes to standard error. Raises PicogptError when it cannot fetch or save.
     """
     if model_size not in OPENAI_SIZES:
         raise DownloadError(f"{model_size!r} cannot be downloaded: {', '.join(OPENAI_SIZES)} can")
     directory = model_dirs(models_dir)[0] / model_size
-    url = f"{(base_url or os.environ.get('PICOGPT_BASE_URL') or BASE_URL).rstrip('/')}/{model_size}"
+    url = f"{(base_url or os.environ.get('PICOGPT_BASE_URL') or OPENAI_URL).rstrip('/')}/{model_size}"
     with _writing(directory), _alone(directory):
         if not is_whole(directory) or not _is_right(directory):
             bar = tqdm(desc=model_size, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
@@ -87,8 +86,10 @@ def download(model_size: str, models_dir: str | Path | None = None, *, base_url:
 
 def _fetch_all(session: requests.Session, url: str, directory: Path, bar: tqdm) -> None:
     (directory / "checkpoint").unlink(missing_ok=True)  # until all is right again
+    for left_behind in directory.glob("*.*.tmp"):  # by a process that was killed; nobody else writes here now
+        left_behind.unlink()
     small = {}
-    for name, check in _CHECKS.items():
+    for name, check in _checks(directory.name).items():
         small[name] = _fetch_small(session, f"{url}/{name}", check)
         bar.update(len(small[name]))
     pointer = small.pop("checkpoint")
@@ -145,6 +146,9 @@ def _fetch_data(session: requests.Session, url: str, path: Path, entries: list[E
 def _append(session: requests.Session, url: str, growing: "_GrowingFile") -> None:
     """Append to the file what one answer of the server brings."""
     with _get(session, url, growing.at) as response:
+        if response.status_code == 416:
+            growing.cut(0)
+            raise _Again(f"{url}: the server has no more bytes than were fetched")
         if response.status_code == 206:
             said = response.headers.get("Content-Range", "")
             if said != f"bytes {growing.at}-{growing.size - 1}/{growing.size}":
@@ -181,8 +185,10 @@ class _GrowingFile:
         self.file.truncate(self.at)
 
     def append(self, chunk: bytes) -> None:
-        self.file.write(chunk)
-        self._advance(chunk)
+        while chunk:
+            n = self.file.write(chunk)  # fewer than asked for, when the disk is full
+            self._advance(chunk[:n])
+            chunk = chunk[n:]
 
     def cut(self, n_tensors: int) -> None:
         """Forget all but the first tensors."""
@@ -247,11 +253,11 @@ def _get(session: requests.Session, url: str, start: int = 0) -> Iterator[reques
 
 def _check_status(response: requests.Response, url: str, start: int) -> None:
     status, kind = response.status_code, response.headers.get("Content-Type", "")
-    if status in (408, 416, 429) or status >= 500:
+    if status in (408, 429) or status >= 500:
         raise _Again(f"{url}: the server answers {status} {response.reason}")
-    if status not in ((200, 206) if start else (200,)):
+    if status not in ((200, 206, 416) if start else (200,)):
         raise DownloadError(f"{url}: the server answers {status} {response.reason}: {_MIRROR}")
-    if re.search("html|xml", kind):  # an error in disguise, or the login page of a network
+    if status != 416 and re.search("html|xml", kind):  # an error in disguise, or the login page of a network
         raise DownloadError(f"{url}: the server answers with a page ({kind}), not with the file: {_CURE}")
 
 
@@ -259,6 +265,8 @@ def _reason(error: BaseException) -> str:
     """What the innermost error says, of those that requests and urllib3 have wrapped around each other."""
     while inner := error.__cause__ or error.__context__:
         error = inner
+    if isinstance(error, urllib3.exceptions.IncompleteRead):
+        return "the connection was closed early"
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -275,29 +283,36 @@ def _index_entries(content: bytes) -> list[Entry]:
     return entries
 
 
-def _check_json(content: bytes) -> None:
-    if not isinstance(json.loads(content), dict):
-        raise ValueError("it is not a JSON object")
+def _check_graph(content: bytes) -> None:
+    if not message_fields(content).keys() & {1, 2}:  # MetaGraphDef's meta_info_def and graph_def
+        raise ValueError("there is no graph in it")
 
 
 def _check_pointer(content: bytes) -> None:
-    if f'model_checkpoint_path: "{_PREFIX}"'.encode() not in content:
+    names = "".join(f'{key}model_checkpoint_path{s}: "{_PREFIX}" ' for key, s in (("", ""), ("all_", "s")))
+    if content.decode().split() != names.split():
         raise ValueError(f"it does not name {_PREFIX}")
 
 
-_CHECKS: dict[str, Callable[[bytes], Any]] = {
-    f"{_PREFIX}.index": _index_entries,
-    f"{_PREFIX}.meta": message_fields,
-    "hparams.json": _check_json,
-    "checkpoint": _check_pointer,
-}
+def _checks(model_size: str) -> dict[str, Callable[[bytes], Any]]:
+    """What finds the fault, as a ValueError, in each of the small files."""
+
+    def check_hparams(content: bytes) -> None:
+        if parse_object(content) != OPENAI_SIZES[model_size]:
+            raise ValueError(f"these are not the hyper-parameters of {model_size}")
+
+    return {
+        f"{_PREFIX}.index": _index_entries,
+        "hparams.json": check_hparams,
+        f"{_PREFIX}.meta": _check_graph,
+        "checkpoint": _check_pointer,
+    }
 
 
 def _is_right(directory: Path) -> bool:
     """Whether the directory has what the loader needs, and its weights are those of its index."""
     try:
-        with reading(directory / "hparams.json"):
-            _check_json((directory / "hparams.json").read_bytes())
+        read_json(directory / "hparams.json")
         read_tensors(read_index(directory / _PREFIX), verify=True)
     except CheckpointError as error:
         _say(str(error))
@@ -355,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where it goes; otherwise $PICOGPT_MODELS_DIR, ./models if there is "
         "one, or the user's cache directory",
     )
-    parser.add_argument("--base_url", help=f"a mirror; otherwise $PICOGPT_BASE_URL, or {BASE_URL}")
+    parser.add_argument("--base_url", help=f"a mirror; otherwise $PICOGPT_BASE_URL, or {OPENAI_URL}")
     args = parser.parse_args(argv)
     return exit_status(lambda: print(download(args.model_size, args.models_dir, base_url=args.base_url)))
 

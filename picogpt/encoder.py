@@ -42,6 +42,7 @@ TOKENIZER_JSON = {
     "model.continuing_subword_prefix": (None, ""),
     "model.end_of_word_suffix": (None, ""),
     "model.byte_fallback": (None, False),
+    "model.ignore_merges": (None, False),
     "normalizer.type": (None,),
     "pre_tokenizer.type": ("ByteLevel",),
     "pre_tokenizer.add_prefix_space": (False,),
@@ -156,10 +157,7 @@ class Encoder:
         return ids
 
     def _encode_piece(self, piece: str) -> list[int]:
-        symbols = to_symbols(piece)
-        # A word that was learnt whole needs no merging, which would end there too.
-        tokens = [symbols] if symbols in self._words else self._merge(symbols)[0]
-        ids = [self._words[token] for token in tokens]
+        ids = [self._words[token] for token in self._merge(to_symbols(piece))[0]]
         if len(piece) <= LONGEST_KNOWN:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()

@@ -14,6 +14,7 @@ from picogpt.tensor_bundle import (
     CheckpointError,
     Entry,
     check_entries,
+    file_size,
     read_small_file,
     reading,
 )
@@ -29,6 +30,7 @@ _GPT2: dict[
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "pruned_heads": (None, {}),
+    "tie_word_embeddings": (True, False),
     "quantization_config": (None,),
 }
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -43,7 +45,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], bool]:
     config = read_json(path)
     n_embd = config.get("n_embd")
     inner = 4 * n_embd if isinstance(n_embd, int) else None
-    for key, accepted in {**_GPT2, "n_inner": (inner, None)}.items():
+    # transformers takes num_attention_heads for n_head; of the other sizes the shapes would tell.
+    n_head = config.get("n_head", config.get("num_attention_heads"))
+    for key, accepted in {**_GPT2, "n_inner": (inner, None), "num_attention_heads": (n_head,)}.items():
         value = config.get(key, accepted[0])
         if value not in accepted:
             raise CheckpointError(
@@ -99,12 +103,12 @@ def read_safetensors_header(path: Path) -> dict[str, Entry]:
     Raises CheckpointError unless dtypes, shapes and offsets agree with each other and with the file's size.
     """
     with reading(path):
-        size = path.stat().st_size
+        size = file_size(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_INDEX_BYTES):
                 raise ValueError(f"not a safetensors file: a header of {length} bytes does not fit")
-            header = _parse_object(file.read(length))
+            header = parse_object(file.read(length).decode())  # json would also take UTF-16
         header.pop("__metadata__", None)
         entries = {name: _entry(name, info, path, 8 + length) for name, info in header.items()}
         check_entries(entries)
@@ -119,10 +123,11 @@ def read_safetensors_header(path: Path) -> dict[str, Entry]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a small JSON file."""
     with reading(path):
-        return _parse_object(read_small_file(path))
+        return parse_object(read_small_file(path))
 
 
-def _parse_object(data: bytes) -> dict[str, Any]:
+def parse_object(data: bytes | str) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError for anything else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:  # nested without end
@@ -148,7 +153,7 @@ def _entry(name: str, info: Any, path: Path, start: int) -> Entry:
 def _read_shards(index: Path) -> dict[str, Entry]:
     """Return the entries of all files named in `model.safetensors.index.json`, each from the file it says."""
     with reading(index):
-        shard_of = _parse_object(read_small_file(index)).get("weight_map")
+        shard_of = parse_object(read_small_file(index)).get("weight_map")
         if not isinstance(shard_of, dict):
             raise ValueError("damaged: it has no weight_map")
         for shard in shard_of.values():
@@ -158,5 +163,7 @@ def _read_shards(index: Path) -> dict[str, Entry]:
     for shard in sorted(set(shard_of.values())):
         for name, entry in read_safetensors_header(index.parent / shard).items():
             if shard_of.get(name, shard) == shard:
+                if name in found:
+                    raise CheckpointError(f"{index}: damaged: it does not say which file's {name} is meant")
                 found[name] = entry
     return found

@@ -21,15 +21,16 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def memory() -> int:
-    """Bytes of memory that the machine has in all, or that its container may use."""
+def memory() -> tuple[int, int]:
+    """Bytes of memory: in all, and not in use by other programs; both no more than a container may use."""
     import psutil
 
-    total = psutil.virtual_memory().total
+    total, available = psutil.virtual_memory()[:2]
     try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
     except (OSError, ValueError):  # no such limit, or "max"
-        return total
+        return total, available
+    return min(total, limit), min(available, limit)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ OPENAI_SIZES = {
         ("1558M", 1600, 48),
     )
 }
+OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 # What the same four are called elsewhere: OpenAI's first counts, and Hugging Face's names.
 OTHER_NAMES = {
     **dict.fromkeys(("117M", "gpt2", "gpt2-small", "small"), "124M"),

@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,7 +32,8 @@ from picogpt.leveldb_table import (
     varint,
 )
 
-MAX_INDEX_BYTES = 4 << 20  # 100,000 tensors: what is larger is no index, and must not fill the memory
+MAX_INDEX_BYTES = 4 << 20  # what is larger is no index, and must not fill the memory
+MAX_TENSORS = 100_000  # nor must names that share all but a byte with the one before
 
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _DTYPES = {  # tensorflow/core/framework/types.proto
@@ -84,7 +86,9 @@ def parse_index(content: bytes, prefix: str | Path) -> dict[str, Entry]:
     """Return what `read_index` does, of an index in memory. Raises ValueError."""
     pairs = read_table(content)
     num_shards = _num_shards(*next(pairs, (b"", b"")))
-    entries = dict(_entry(key, value, prefix, num_shards) for key, value in pairs)
+    entries = dict(_entry(key, value, prefix, num_shards) for key, value in islice(pairs, MAX_TENSORS))
+    if next(pairs, None):
+        raise ValueError(f"damaged: it has more than {MAX_TENSORS} tensors")
     check_entries(entries)
     return entries
 
@@ -98,22 +102,18 @@ def read_tensors(entries: Mapping[str, Entry], *, verify: bool = False) -> dict[
     shards are read once, behind a progress bar. Raises CheckpointError for another dtype, and for a shard
     that is missing, cut short or damaged.
     """
-    shards = {path: _map(path) for path in sorted({entry.shard for entry in entries.values()})}
-    for name, entry in entries.items():
-        length, end = len(shards[entry.shard]), entry.offset + entry.size
-        if entry.dtype not in _ITEMSIZE:
-            raise CheckpointError(
-                f"{entry.shard}: {name} is {entry.dtype}; only {', '.join(_ITEMSIZE)} are read"
-            )
-        if end > length:
-            raise CheckpointError(
-                f"{entry.shard}: {name} should end at byte {end}, but the file has {length}: "
-                "it is cut short, or belongs to another index; fetch it again"
-            )
-    raw = {name: shards[entry.shard][entry.offset :][: entry.size] for name, entry in entries.items()}
-    if verify:
-        _verify(entries, raw)
+    raw = _raw(entries)
+    for name in _damaged(entries, raw) if verify else ():
+        raise CheckpointError(
+            f"{entries[name].shard}: the CRC32C of {name} is not the one in the index: the file is damaged, or "
+            "belongs to another index; fetch it again"
+        )
     return {name: _as_float32(raw[name], entry) for name, entry in entries.items()}
+
+
+def damaged_tensors(entries: Mapping[str, Entry]) -> list[str]:
+    """Return the names of the tensors whose CRC32C is wrong. Raises as `read_tensors` does."""
+    return list(_damaged(entries, _raw(entries)))
 
 
 def write_bundle(prefix: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -160,9 +160,16 @@ def check_entries(entries: Mapping[str, Entry]) -> None:
         ends[entry.shard] = max((end, other), (entry.offset + entry.size, name))
 
 
+def file_size(path: Path) -> int:
+    """Return the size of a regular file: a pipe would keep us waiting, and a device has no end."""
+    if not path.is_file() and path.exists():
+        raise OSError("not a regular file")
+    return path.stat().st_size
+
+
 def read_small_file(path: Path) -> bytes:
     """Return a file's bytes, unless it is far too large for an index; to be used within `reading`."""
-    if (size := path.stat().st_size) > MAX_INDEX_BYTES:
+    if (size := file_size(path)) > MAX_INDEX_BYTES:
         raise ValueError(f"a file of {size} bytes cannot be what its name says")
     return path.read_bytes()
 
@@ -205,22 +212,37 @@ def _is_name(name: str) -> bool:
 def _map(path: Path) -> np.ndarray:
     """Return the file's bytes, mapped read-only: as a plain array, because slices of np.memmap are slow."""
     with reading(path):
-        if path.stat().st_size == 0:  # nothing cannot be mapped
+        if file_size(path) == 0:  # nothing cannot be mapped
             return np.empty(0, np.uint8)
         return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
 
 
-def _verify(entries: Mapping[str, Entry], raw: Mapping[str, np.ndarray]) -> None:
+def _raw(entries: Mapping[str, Entry]) -> dict[str, np.ndarray]:
+    """Return every tensor's bytes, once it is seen that they are there and of a known kind."""
+    shards = {path: _map(path) for path in sorted({entry.shard for entry in entries.values()})}
+    for name, entry in entries.items():
+        length, end = len(shards[entry.shard]), entry.offset + entry.size
+        if entry.dtype not in _ITEMSIZE:
+            raise CheckpointError(
+                f"{entry.shard}: {name} is {entry.dtype}; only {', '.join(_ITEMSIZE)} are read"
+            )
+        if end > length:
+            raise CheckpointError(
+                f"{entry.shard}: {name} should end at byte {end}, but the file has {length}: "
+                "it is cut short, or belongs to another index; fetch it again"
+            )
+    return {name: shards[entry.shard][entry.offset :][: entry.size] for name, entry in entries.items()}
+
+
+def _damaged(entries: Mapping[str, Entry], raw: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Yield the names of the tensors whose CRC is wrong; those that have none cannot be told."""
     from tqdm import tqdm  # 40 ms, and only who verifies needs it
 
     total = sum(entry.size for entry in entries.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=None, leave=False) as bar:
         for name, entry in entries.items():
             if entry.crc32c is not None and masked_crc32c(raw[name]) != entry.crc32c:
-                raise CheckpointError(
-                    f"{entry.shard}: the CRC32C of {name} is not the one in the index: the file is damaged, "
-                    "or belongs to another index; fetch it again"
-                )
+                yield name
             bar.update(entry.size)
 
 
@@ -265,7 +287,7 @@ def _entry(key: bytes, value: bytes, prefix: str | Path, num_shards: int) -> tup
         shard=Path(f"{prefix}.data-{shard:05d}-of-{num_shards:05d}"),
         offset=_number(fields, 4),
         size=_number(fields, 5),
-        crc32c=_number(fields, 6),
+        crc32c=_fixed32(fields, 6),
     )
 
 
@@ -294,7 +316,6 @@ def message_fields(message: bytes) -> _Fields:
         elif wire in (1, 2, 5):
             size, at = varint(message, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
             value, at = message[at : at + size], at + size
-            value = value if wire == 2 else int.from_bytes(value, "little")
         if wire not in (0, 1, 2, 5) or at > len(message):
             raise ValueError("damaged: a protocol buffer in it does not parse")
         fields.setdefault(tag >> 3, []).append(value)
@@ -306,6 +327,13 @@ def _number(fields: _Fields, field: int) -> int:
     if isinstance(value, bytes):
         raise ValueError(f"damaged: bytes where field {field} should be a number")
     return value
+
+
+def _fixed32(fields: _Fields, field: int) -> int:
+    value = fields.get(field, [bytes(4)])[-1]
+    if not isinstance(value, bytes) or len(value) != 4:
+        raise ValueError(f"damaged: field {field} should be four bytes")
+    return int.from_bytes(value, "little")
 
 
 def _messages(fields: _Fields, field: int) -> list[_Fields]:

@@ -102,15 +102,20 @@ def test_set_threads_is_for_libraries_that_are_loaded_and_that_will_be(monkeypat
         monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize("limit, share", [("max\n", 1), ("1000000\n", None), (None, 1)])
-def test_memory_is_the_machines_or_the_containers(monkeypatch, limit, share):
+@pytest.mark.parametrize("limit, limited", [("max\n", False), ("1000000\n", True), (None, False)])
+def test_memory_is_the_machines_or_the_containers(monkeypatch, limit, limited):
     def read_text(path):
         if limit is None:
             raise FileNotFoundError
         return limit
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert machine.memory() == (psutil.virtual_memory().total if share else 1_000_000)
+    total, available = machine.memory()
+    if limited:
+        assert total == available == 1_000_000
+    else:
+        assert total == psutil.virtual_memory().total
+        assert abs(available - psutil.virtual_memory().available) < total / 4
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch):

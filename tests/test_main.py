@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from models import random_params, tree_map
+from picogpt import __version__
 from picogpt.__main__ import FLAGS, HELP, main, quote, run
 from picogpt.checkpoint import load_encoder_hparams_and_params, save_checkpoint
 from picogpt.encoder import END_OF_TEXT, SYMBOL_OF_BYTE, Encoder
@@ -290,6 +291,20 @@ def test_a_missing_model_is_one_line(picogpt, name, part):
     assert part in err.replace("\\", "/") or part in err
 
 
+def test_version(picogpt):
+    assert picogpt("--version", use_model=False) == (0, f"picogpt {__version__}\n", "")
+    assert "there is no flag --version" in picogpt("--version", "--seed=1", use_model=False)[2]
+
+
+def test_too_little_memory_is_said_beforehand(picogpt, monkeypatch):
+    monkeypatch.setattr("picogpt.__main__.memory", lambda: (8 << 30, 200 << 20))
+    assert "memory" not in picogpt("7")[2]  # a few kilobytes fit
+    monkeypatch.setattr("picogpt.__main__.MEMORY_BESIDE_WEIGHTS", 4 << 30)
+    status, out, err = picogpt("7")
+    assert (status, out) == (0, "89\n")
+    assert "needs 4.3 GB of memory, but 0.2 of this machine's 8.6 GB are free" in err
+
+
 def test_bytes_that_are_no_text_and_a_closed_input_are_one_line(picogpt, monkeypatch):
     monkeypatch.setattr(sys, "stdin", standard_input(b"ab\xff"))
     assert picogpt("-") == (
@@ -355,7 +370,8 @@ def test_text_is_utf8_whatever_the_locale_and_comes_before_what_is_slow_to_impor
     options = {"env": os.environ | locale, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     flags = "--n_tokens_to_generate=10", "--threads=1"
     running = process("é😀!", *flags, python=["-X", "importtime"], **options)
-    before, text, after = running.communicate()[0].partition("😀!😀!".encode())
+    out = running.communicate()[0].replace(b"\r\n", b"\n")  # Windows, on standard error
+    before, text, after = out.partition("😀!😀!".encode())
     assert running.returncode == 0 and text
     assert b" numpy\n" in before
     for heavy in b"jax", b"tensorflow", b"requests", b"tqdm", b"psutil":

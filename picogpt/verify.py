@@ -1,0 +1,141 @@
+"""Whether a model directory is what it should be, file by file: `python -m picogpt.verify DIRECTORY`.
+
+Of a TensorFlow checkpoint every byte of the weights is compared with its CRC. safetensors files have none:
+there only names, shapes and sizes can be checked.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from picogpt import PicogptError
+from picogpt.checkpoint import VOCABULARY_FILES, load_encoder, parameter_shapes, read_entries
+from picogpt.command import exit_status, write
+from picogpt.model_dirs import OPENAI_SIZES, OPENAI_URL, find_model_dir, model_dirs
+from picogpt.tensor_bundle import damaged_tensors
+
+DIGESTS = {  # of OpenAI's vocabulary; tiktoken has them, too
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+INDEX_BYTES = {"124M": 5_215, "355M": 10_399, "774M": 15_535, "1558M": 20_724}
+
+
+class Finding(NamedTuple):
+    """What was found of one part of a model."""
+
+    part: str
+    right: bool
+    said: str
+
+
+def verify(directory: str | Path) -> Iterator[Finding]:
+    """Yield what is found of the hyper-parameters with names and shapes, of the weights, and of the vocabulary.
+
+    What cannot be checked because something before it is wrong is left out.
+    """
+    directory = Path(directory)
+    try:
+        hparams, entries = read_entries(directory)
+    except PicogptError as error:
+        yield Finding("names and shapes", False, str(error))
+        hparams = {}
+    if hparams:
+        size = next(
+            (name for name, known in OPENAI_SIZES.items() if known == hparams), "none of OpenAI's sizes"
+        )
+        n = sum(math.prod(entry.shape) for entry in entries.values())
+        said = f"{len(entries)} tensors, {n:,} parameters, as the hyper-parameters ask: {size}"
+        misnamed = directory.name in OPENAI_SIZES and directory.name != size
+        yield Finding("names and shapes", not misnamed, said + f", in {directory.name}" * misnamed)
+        try:
+            damaged = damaged_tensors(entries)
+            without = [name for name, entry in entries.items() if entry.crc32c is None]
+            said = (
+                "every CRC is right"
+                if not without
+                else "all there; safetensors files have no CRC to compare with"
+            )
+            if damaged:
+                said = f"CRC32C is wrong: {', '.join(damaged)}"
+            yield Finding("weights", not damaged, said)
+        except PicogptError as error:
+            yield Finding("weights", False, str(error))
+    yield _vocabulary(directory, hparams or {"n_vocab": 50257})
+
+
+def _vocabulary(directory: Path, hparams: dict[str, int]) -> Finding:
+    try:
+        encoder = load_encoder(directory, hparams)
+    except PicogptError as error:
+        return Finding("vocabulary", False, str(error))
+    files = [name for name in VOCABULARY_FILES if (directory / name).exists()]
+    if not files:
+        return Finding("vocabulary", True, "none there: GPT-2's own, from the package, is taken")
+    said = f"{encoder.n_vocab:,} tokens in {' + '.join(files)}"
+    other = [
+        n
+        for n, digest in DIGESTS.items()
+        if n in files and sha256((directory / n).read_bytes()).hexdigest() != digest
+    ]
+    if hparams["n_vocab"] != 50257 or not DIGESTS.keys() & set(files):
+        return Finding("vocabulary", True, f"{said}; OpenAI's digests do not apply")
+    if other:
+        return Finding("vocabulary", False, f"{said}, but OpenAI's {' and '.join(other)} have another sha256")
+    return Finding("vocabulary", True, f"{said}, OpenAI's to the byte (sha256)")
+
+
+def files_of(size: str) -> dict[str, str]:
+    """Return OpenAI's files of one of OPENAI_SIZES, each with its size."""
+    hparams = OPENAI_SIZES[size]
+    data = 4 * sum(map(math.prod, parameter_shapes(hparams).values()))
+    return {
+        "checkpoint": "77 bytes",
+        "encoder.json": "1,042,301 bytes",
+        "hparams.json": f"{len(json.dumps(hparams, indent=2)) + 1} bytes",
+        "model.ckpt.data-00000-of-00001": f"{data:,} bytes",
+        "model.ckpt.index": f"{INDEX_BYTES[size]:,} bytes",
+        "model.ckpt.meta": "0.5 to 2 MB; not read, may be left out",
+        "vocab.bpe": "456,318 bytes",
+    }
+
+
+def report(model: str, models_dir: str | None = None) -> int:
+    """Write what is found of a directory, or of a model's name; return 0 if all is right, else 1."""
+    directory = find_model_dir(model, models_dir)
+    if directory is None:
+        directory = model_dirs(models_dir)[0] / model
+    write(f"{directory}\n")
+    there = sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []
+    for path in there:
+        write(f"  {path.name:<32}{path.stat().st_size:>15,} bytes\n")
+    findings = []
+    for finding in verify(directory):
+        write(f"{'right' if finding.right else 'WRONG'}  {finding.part}: {finding.said}\n")
+        findings.append(finding)
+    if all(finding.right for finding in findings):
+        write("The model is right.\n")
+        return 0
+    for size in [directory.name] if directory.name in OPENAI_SIZES else []:
+        write(f"`python -m picogpt.download {size}` gets these files from {OPENAI_URL}/{size}/\n")
+        for name, n_bytes in files_of(size).items():
+            write(f"  {name:<32}{n_bytes}\n")
+    return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m picogpt.verify DIRECTORY`: exit status 0 if the model is right, 1 if not."""
+    parser = argparse.ArgumentParser(prog="python -m picogpt.verify", description=__doc__)
+    parser.add_argument("model", help="a model directory, or the name of a model")
+    parser.add_argument("--models_dir", help="where models are looked for by name")
+    args = parser.parse_args(argv)
+    return exit_status(lambda: report(args.model, args.models_dir))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
