@@ -16,7 +16,7 @@ from typing import Any
 
 from picogpt import __version__
 from picogpt.command import INTERRUPTED, UsageError, exit_status, say, write
-from picogpt.machine import memory, set_threads
+from picogpt.machine import blas, decode_threads, memory, set_threads
 
 HELP = """\
 picogpt continues a text with GPT-2, on NumPy alone.
@@ -50,8 +50,8 @@ An empty prompt, or none, starts a new text from <|endoftext|>.
 Standard output is the new text and one newline; all else goes to standard error.
 The exit status is 0, or 2 after an error, or 130 after Ctrl-C.
 
-Beside it, each with --help: python -m picogpt.download 124M; python -m picogpt.verify MODEL (is it whole, is it
-right?); python -m picogpt.info (which models, which BLAS). And python -m picogpt.encoder "text" shows its tokens.
+Beside it, each with --help: python -m picogpt.download 124M; python -m picogpt.verify MODEL (is it whole and
+right?); python -m picogpt.info (which models, which BLAS). And python -m picogpt.encoder "text" shows tokens.
 """
 
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # so "--help me" is none: it has a space
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Takes over Ctrl-C and the encoding of standard output. Until there is text, Ctrl-C ends the process on the
     spot: an exception would get lost, or turned into another, in one of the modules being imported.
     """
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    signal.signal(signal.SIGINT, leave)
     if argv is None:  # UTF-8, also where the locale made Python read something else
         argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in sys.argv[1:]]
     words = argv
@@ -81,6 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fire.Fire(run, flags, name="picogpt")
 
     return exit_status(command)
+
+
+def leave(*_: Any) -> None:
+    """End the process, and the line of a progress bar."""
+    if os.isatty(2):
+        os.write(2, b"\n")
+    os._exit(INTERRUPTED)
 
 
 def quote(argv: Sequence[str]) -> list[str] | None:
@@ -304,12 +311,9 @@ def engine(backend: str) -> str:
         import jax
 
         return f"JAX on {jax.default_backend()}"
-    from threadpoolctl import threadpool_info
-
-    for blas in threadpool_info():
-        if blas["user_api"] == "blas":
-            n, kernel = blas["num_threads"], blas.get("architecture") or blas["version"]
-            return f"{blas['internal_api']} {kernel}, {n} thread{'s' * (n != 1)}"
+    for library in blas().info():
+        kernel, n = library.get("architecture") or library["version"], decode_threads()
+        return f"{library['internal_api']} {kernel}, {n} thread{'s' * (n != 1)}"
     return "a BLAS that threadpoolctl does not know"  # such as Apple's Accelerate
 
 

@@ -181,7 +181,7 @@ class Encoder:
             left, right = at[i], at[i + len(at[i])]
             if rank_of((left, right)) != rank:
                 continue  # one of the two has gone into another merge since
-            merges.append(Merge(rank, i, left, right))
+            merges.append((rank, i, left, right))
             end = i + len(left) + len(right)
             at[i], at[i + len(left)], before[end] = left + right, "", i
             for a, b in ((before[i], i), (i, end)):  # the pairs that came about; at[-1] is "", past the end

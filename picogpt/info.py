@@ -69,7 +69,8 @@ def _version(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m picogpt.info` takes no arguments."""
-    argparse.ArgumentParser(prog="python -m picogpt.info", description=__doc__).parse_args(argv)
+    about = "Show which models are here, versions, and the BLAS under NumPy with its kernel and threads."
+    argparse.ArgumentParser(prog="python -m picogpt.info", description=about).parse_args(argv)
     return exit_status(report)
 
 

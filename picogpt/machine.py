@@ -60,20 +60,32 @@ def one_blas_thread() -> Iterator[None]:
         yield
 
 
+def decode_threads() -> int:
+    """How many BLAS threads compute a token: one fewer than cores, so that a busy neighbour finds a core.
+
+    A BLAS with as many threads as cores waits, in every product, for the thread that a neighbour has put off.
+    Whoever chose the number of threads, in the environment, gets that number.
+    """
+    n = blas_threads()
+    return n - 1 if n > 1 and n >= cores() and not _chosen() else n
+
+
 @contextmanager
 def spare_core() -> Iterator[None]:
-    """Leave a core to others: a BLAS with as many threads as cores waits, in every product, for the thread that
-    a busy neighbour has put off. Whoever chose the number of threads, in the environment, gets that number.
-    """
+    """Let the BLAS use `decode_threads`; for one caller at a time if that is not what it uses anyway."""
     with ExitStack() as stack:
-        if not any(name in os.environ for name in THREADS):
+        if not _chosen():
             stack.enter_context(_limiting)
-            n = blas_threads()
-            if n > 1 and n >= cores():
-                stack.enter_context(_limited(n - 1))
+            n = decode_threads()
+            if n < blas_threads():
+                stack.enter_context(_limited(n))
             else:
                 stack.close()
         yield
+
+
+def _chosen() -> bool:
+    return any(name in os.environ for name in THREADS)
 
 
 @contextmanager

@@ -130,7 +130,9 @@ def report(model: str, models_dir: str | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m picogpt.verify DIRECTORY`: exit status 0 if the model is right, 1 if not."""
-    parser = argparse.ArgumentParser(prog="python -m picogpt.verify", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m picogpt.verify", description="Check a model, file by file."
+    )
     parser.add_argument("model", help="a model directory, or the name of a model")
     parser.add_argument("--models_dir", help="where models are looked for by name")
     args = parser.parse_args(argv)
