@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from picogpt import __version__
-from picogpt.command import INTERRUPTED, UsageError, exit_status, say, write
+from picogpt.command import UsageError, exit_status, leave, say, write
 from picogpt.machine import blas, decode_threads, memory, set_threads
 
 HELP = """\
@@ -81,13 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fire.Fire(run, flags, name="picogpt")
 
     return exit_status(command)
-
-
-def leave(*_: Any) -> None:
-    """End the process, and the line of a progress bar."""
-    if os.isatty(2):
-        os.write(2, b"\n")
-    os._exit(INTERRUPTED)
 
 
 def quote(argv: Sequence[str]) -> list[str] | None:

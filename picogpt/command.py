@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from picogpt import PicogptError
 
@@ -40,6 +41,16 @@ def exit_status(command: Callable[[], int | None]) -> int:
     except OSError as error:
         say(f"{error.filename or 'input or output'}: {error.strerror or error}")
     return 2
+
+
+def leave(*_: Any) -> None:
+    """End the process, and the line of a progress bar: a signal handler for Ctrl-C.
+
+    For where Python's own, an exception, would get lost in what is being imported, or in a library's clean-up.
+    """
+    if os.isatty(2):
+        os.write(2, b"\n")
+    os._exit(INTERRUPTED)
 
 
 def write(text: str) -> None:

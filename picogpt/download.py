@@ -10,23 +10,21 @@ Whatever goes wrong on the way, the directory stays usable and the next run goes
 """
 
 import argparse
+import errno
 import os
-import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from time import sleep
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import google_crc32c
 import requests
-import urllib3
 from tqdm import tqdm
 
-from picogpt import PicogptError
-from picogpt.command import exit_status
+from picogpt.command import exit_status, leave
 from picogpt.hugging_face import parse_object, read_json
 from picogpt.leveldb_table import mask
 from picogpt.model_dirs import OPENAI_SIZES, OPENAI_URL, is_whole, model_dirs
@@ -40,29 +38,13 @@ from picogpt.tensor_bundle import (
     read_index,
     read_tensors,
 )
-
-TIMEOUTS = 10, 30  # seconds to connect, and to wait for the next bytes
-PAUSES = 1, 2, 4, 8, 16  # seconds before another attempt, as long as no attempt brings anything new
-CHUNK = 1 << 17  # bytes at a time: a broken connection loses less
+from picogpt.transfer import CHUNK, Again, DownloadError, get, persistently, say
 
 _PREFIX = "model.ckpt"
 _DATA = "model.ckpt.data-00000-of-00001"
 _VOCABULARY = "encoder.json", "vocab.bpe"
-_MIRROR = (
-    "name a mirror in PICOGPT_BASE_URL, or place the files by hand (`python -m picogpt.verify` lists them)"
-)
-_CURE = f"check the network, {_MIRROR}"
-_ELSEWHERE = "make room or choose another place with --models_dir or PICOGPT_MODELS_DIR; what has come is kept"
-
-T = TypeVar("T")
-
-
-class DownloadError(PicogptError):
-    """A model that could not be fetched."""
-
-
-class _Again(Exception):
-    """Something that another attempt may mend."""
+_ELSEWHERE = "choose another place with --models_dir or PICOGPT_MODELS_DIR"
+_ROOM = f"make room, or {_ELSEWHERE}; what has come is kept"
 
 
 def download(model_size: str, models_dir: str | Path | None = None, *, base_url: str | None = None) -> Path:
@@ -107,18 +89,18 @@ def _fetch_small(session: requests.Session, url: str, check: Callable[[bytes], A
 
     def attempt() -> bytes:
         content = b""
-        with _get(session, url) as response:
+        with get(session, url) as response:
             for chunk in response.iter_content(CHUNK):
                 content += chunk
                 if len(content) > MAX_INDEX_BYTES:
-                    raise _Again(f"what {url} sends is far too large to be that file")
+                    raise Again(f"what {url} sends is far too large to be that file")
         try:
             check(content)
         except ValueError as error:
-            raise _Again(f"what {url} sends is not that file ({error})") from error
+            raise Again(f"what {url} sends is not that file ({error})") from error
         return content
 
-    return _persistently(attempt, lambda: 0)
+    return persistently(attempt, lambda: 0)
 
 
 def _fetch_data(session: requests.Session, url: str, path: Path, entries: list[Entry], bar: tqdm) -> None:
@@ -132,39 +114,39 @@ def _fetch_data(session: requests.Session, url: str, path: Path, entries: list[E
         growing.check_what_is_there()
         missing = growing.size - growing.at
         _check_space(path.parent, missing)
-        _say(f"{missing / 1e6:.0f} MB from {url} to {part}; if interrupted, the next run goes on from there")
+        say(f"{missing / 1e6:.0f} MB from {url} to {part}; if interrupted, the next run goes on from there")
 
         def attempt() -> None:
             while growing.at < growing.size:  # after the first, the server ended early without an error
                 _append(session, url, growing)
 
-        _persistently(attempt, lambda: growing.at)
+        persistently(attempt, lambda: growing.at)
         os.fsync(file.fileno())  # else a power cut may keep the new name and lose what it names
     part.replace(path)
 
 
 def _append(session: requests.Session, url: str, growing: "_GrowingFile") -> None:
     """Append to the file what one answer of the server brings."""
-    with _get(session, url, growing.at) as response:
+    with get(session, url, growing.at) as response:
         if response.status_code == 416:
             growing.cut(0)
-            raise _Again(f"{url}: the server has no more bytes than were fetched")
+            raise Again(f"{url}: the server has no more bytes than were fetched")
         if response.status_code == 206:
             said = response.headers.get("Content-Range", "")
             if said != f"bytes {growing.at}-{growing.size - 1}/{growing.size}":
                 growing.cut(0)  # the next attempt asks for everything
-                raise _Again(f"{url} sends another part than was asked for ({said or 'it does not say which'})")
+                raise Again(f"{url} sends another part than was asked for ({said or 'it does not say which'})")
         elif growing.at:
             growing.cut(0)
-            _say("the server sends the file only from its beginning")
+            say("the server sends the file only from its beginning")
         length = response.headers.get("Content-Length", str(growing.size - growing.at))
         if length != str(growing.size - growing.at):
-            raise _Again(f"{url} announces {length} bytes instead of {growing.size - growing.at}")
+            raise Again(f"{url} announces {length} bytes instead of {growing.size - growing.at}")
         start = growing.at
         for chunk in response.iter_content(CHUNK):
             growing.append(chunk[: growing.size - growing.at])
         if growing.at == start:
-            raise _Again(f"{url} sends nothing")
+            raise Again(f"{url} sends nothing")
 
 
 class _GrowingFile:
@@ -179,7 +161,7 @@ class _GrowingFile:
     def check_what_is_there(self) -> None:
         """Advance over what an earlier run has left, up to the first tensor that is wrong."""
         self.file.seek(0)
-        with suppress(_Again):
+        with suppress(Again):
             while chunk := self.file.read(min(CHUNK, self.size - self.at)):
                 self._advance(chunk)
         self.file.truncate(self.at)
@@ -210,64 +192,8 @@ class _GrowingFile:
             if self.at == entry.offset + entry.size:
                 if mask(self.crc) != entry.crc32c:
                     self.cut(self.n_whole)
-                    raise _Again(f"the bytes from {entry.offset} to {entry.offset + entry.size} came damaged")
+                    raise Again(f"the bytes from {entry.offset} to {entry.offset + entry.size} came damaged")
                 self.n_whole, self.crc = self.n_whole + 1, 0
-
-
-def _persistently(attempt: Callable[[], T], progress: Callable[[], int]) -> T:
-    """Return what `attempt` returns, the first time that it does not raise _Again.
-
-    Between attempts are PAUSES, which begin anew whenever `progress` has reached further than ever.
-    """
-    furthest, pauses = progress(), iter(PAUSES)
-    while True:
-        try:
-            return attempt()
-        except _Again as problem:
-            if progress() > furthest:
-                furthest, pauses = progress(), iter(PAUSES)
-            pause = next(pauses, None)
-            if pause is None:
-                raise DownloadError(
-                    f"{problem}; {len(PAUSES)} more attempts did not help: {_CURE}"
-                ) from problem
-            _say(f"{problem}; trying again in {pause} s")
-            sleep(pause)
-
-
-@contextmanager
-def _get(session: requests.Session, url: str, start: int = 0) -> Iterator[requests.Response]:
-    """Ask for a file from byte `start` on."""
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    try:
-        with session.get(url, headers=headers, stream=True, timeout=TIMEOUTS) as response:
-            _check_status(response, url, start)
-            yield response
-    except (requests.exceptions.SSLError, requests.exceptions.InvalidURL) as error:
-        raise DownloadError(f"{url}: {_reason(error)}: {_CURE}") from error
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-        raise _Again(f"{url}: {_reason(error)}") from error
-    except requests.RequestException as error:
-        raise DownloadError(f"{url}: {_reason(error)}: {_CURE}") from error
-
-
-def _check_status(response: requests.Response, url: str, start: int) -> None:
-    status, kind = response.status_code, response.headers.get("Content-Type", "")
-    if status in (408, 429) or status >= 500:
-        raise _Again(f"{url}: the server answers {status} {response.reason}")
-    if status not in ((200, 206, 416) if start else (200,)):
-        raise DownloadError(f"{url}: the server answers {status} {response.reason}: {_MIRROR}")
-    if status != 416 and re.search("html|xml", kind):  # an error in disguise, or the login page of a network
-        raise DownloadError(f"{url}: the server answers with a page ({kind}), not with the file: {_CURE}")
-
-
-def _reason(error: BaseException) -> str:
-    """What the innermost error says, of those that requests and urllib3 have wrapped around each other."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    if isinstance(error, urllib3.exceptions.IncompleteRead):
-        return "the connection was closed early"
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _index_entries(content: bytes) -> list[Entry]:
@@ -315,7 +241,7 @@ def _is_right(directory: Path) -> bool:
         read_json(directory / "hparams.json")
         read_tensors(read_index(directory / _PREFIX), verify=True)
     except CheckpointError as error:
-        _say(str(error))
+        say(str(error))
         return False
     return True
 
@@ -328,7 +254,8 @@ def _writing(directory: Path) -> Iterator[None]:
         yield
     except (OSError, CheckpointError) as error:
         said = error if isinstance(error, CheckpointError) else f"cannot write to {directory}: {error.strerror}"
-        raise DownloadError(f"{said}: {_ELSEWHERE}") from error
+        full = getattr(error.__cause__ or error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise DownloadError(f"{said}: {_ROOM if full else _ELSEWHERE}") from error
 
 
 @contextmanager
@@ -340,7 +267,7 @@ def _alone(directory: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        _say(f"another process is downloading to {directory}: waiting for it")
+        say(f"another process is downloading to {directory}: waiting for it")
         lock.acquire()
     with lock:  # counted: held until both are released
         lock.release()
@@ -353,12 +280,7 @@ def _check_space(directory: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < n_bytes:
         needs = f"{directory} needs {n_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
-        raise DownloadError(f"{needs}: {_ELSEWHERE}")
-
-
-def _say(text: str) -> None:
-    if sys.stderr is not None:
-        tqdm.write(f"picogpt: {text}", file=sys.stderr)  # above the bar
+        raise DownloadError(f"{needs}: {_ROOM}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -372,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--base_url", help=f"a mirror; otherwise $PICOGPT_BASE_URL, or {OPENAI_URL}")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, leave)  # nothing is lost: what has come is in the file
     return exit_status(lambda: print(download(args.model_size, args.models_dir, base_url=args.base_url)))
 
 
