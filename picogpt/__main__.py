@@ -9,13 +9,14 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
 from picogpt import __version__
-from picogpt.command import UsageError, exit_status, leave, say, write
+from picogpt.command import UsageError, exit_status, leave, read, say, write
 from picogpt.machine import blas, decode_threads, memory, set_threads
 
 HELP = """\
@@ -56,7 +57,9 @@ right?); python -m picogpt.info (which models, which BLAS). And python -m picogp
 
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # so "--help me" is none: it has a space
 TEXT_FLAGS = {"prompt", "model_size", "models_dir", "stop", "context", "backend"}
-MEMORY_BESIDE_WEIGHTS = 150_000_000  # bytes: Python, NumPy, the vocabulary, what a token needs
+MEMORY_BESIDE_BOTH = (
+    150_000_000  # bytes, beside weights and cache: Python, NumPy, the vocabulary, a token's own
+)
 EMBEDDED_NOTE = " (the embedded model; GPT-2 itself: --model_size 124M)"
 
 
@@ -139,6 +142,8 @@ def literal(name: str, given: list[str]) -> str:
         )
     if len(given) > 1:
         raise UsageError(f"--{name} is given {len(given)} times ({', '.join(given)}): give it once")
+    if name not in TEXT_FLAGS and len(given[0]) > 40:  # Python will not even write such numbers down
+        raise UsageError(f"--{name} is {given[0][:40]!a}..., {len(given[0])} characters: give a number")
     return repr(given[0]) if name in TEXT_FLAGS else given[0]
 
 
@@ -162,15 +167,18 @@ def run(
     check(stop, backend, threads)
     if threads is not None:
         set_threads(threads)
+    if sys.platform == "darwin":  # NumPy before 2.4 reports overflow in Accelerate's products of small numbers
+        warnings.filterwarnings("ignore", ".* encountered in matmul", RuntimeWarning)
     from picogpt.checkpoint import load_encoder_hparams_and_params
     from picogpt.generation import streams
     from picogpt.model_dirs import EMBEDDED
 
     model = EMBEDDED if model_size is None else model_size
     encoder, hparams, params = load_encoder_hparams_and_params(model, models_dir)
-    warn_of_memory(model, hparams)
+    ids = encode(read_prompt(prompt), encoder)
+    warn_of_memory(model, hparams, len(ids) + n_tokens_to_generate)
     samples = streams(
-        encode(read_prompt(prompt), encoder),
+        ids,
         to_jax(params) if backend == "jax" else params,
         hparams["n_head"],
         n_tokens_to_generate,
@@ -196,7 +204,7 @@ def check(stop: Sequence[str], backend: str, threads: int | None) -> None:
         raise UsageError("--stop is empty: give the text to stop at, or leave it out")
     if backend not in ("numpy", "jax"):
         raise UsageError(f"backend is {backend!r}: give numpy or jax")
-    if threads is not None and (type(threads) is not int or threads < 1):
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
         raise UsageError(f"threads is {threads!r}: give a whole number from 1, or leave it out")
 
 
@@ -204,16 +212,7 @@ def read_prompt(prompt: str | None) -> str:
     """The prompt, from standard input if it says so or if there is none and somebody may be writing to us."""
     if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         return ""
-    if prompt not in (None, "-"):
-        return str(prompt)
-    if sys.stdin is None:
-        raise UsageError("standard input is closed: give the prompt as an argument")
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")  # without the mark that Windows puts before UTF-8
-    except UnicodeDecodeError as error:
-        wrong = f"{error.object[error.start]:#04x} is byte {error.start}"
-        raise UsageError(f"standard input is not UTF-8 ({wrong}): convert it, with iconv say") from None
-    return re.sub(r"\r?\n\Z", "", text)
+    return read() if prompt in (None, "-") else str(prompt)
 
 
 def encode(text: str, encoder: Any) -> list[int]:
@@ -227,11 +226,12 @@ def encode(text: str, encoder: Any) -> list[int]:
     return encoder.encode(text)
 
 
-def warn_of_memory(model: str, hparams: dict[str, int]) -> None:
+def warn_of_memory(model: str, hparams: dict[str, int], n_seq: int) -> None:
     """Say beforehand when the weights will not stay in memory: then every token waits for the disk."""
     from picogpt.checkpoint import parameter_shapes
 
-    needed = MEMORY_BESIDE_WEIGHTS + 4 * sum(map(math.prod, parameter_shapes(hparams).values()))
+    cache = 2 * hparams["n_layer"] * min(n_seq, hparams["n_ctx"]) * hparams["n_embd"]
+    needed = MEMORY_BESIDE_BOTH + 4 * (cache + sum(map(math.prod, parameter_shapes(hparams).values())))
     if needed > 1 << 30:  # a machine with less than that is nobody's
         total, available = memory()
         if needed > available:

@@ -282,9 +282,10 @@ def _current_prefix(directory: Path) -> str:
     """Return the prefix of the checkpoint's files, as the file `checkpoint` has it, without any directory."""
     path = directory / "checkpoint"
     with reading(path):
-        match = re.search(r'^model_checkpoint_path: *"(.*)" *$', read_small_file(path).decode(), re.MULTILINE)
-        name = re.split(r"[/\\]", match[1])[-1] if match else ""
-        if not name.isprintable() or not name:
+        text = read_small_file(path).decode()
+        match = re.search(r'^model_checkpoint_path: *"([^"]*)" *\r?$', text, re.MULTILINE)
+        name = re.split(r"[/\\:]", match[1])[-1] if match else ""
+        if not name.isprintable() or not 0 < len(name) <= 200 or set(name) == {"."}:
             raise ValueError("no model_checkpoint_path in it: not TensorFlow's file of that name")
     return name
 

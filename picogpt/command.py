@@ -1,8 +1,9 @@
-"""What the commands have in common: an exit status, one line for an error, standard output that may close."""
+"""What the commands have in common: an exit status, one line for an error, standard input and output."""
 
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -53,6 +54,18 @@ def leave(*_: Any) -> None:
     os._exit(INTERRUPTED)
 
 
+def read() -> str:
+    """Return what comes on standard input, as UTF-8 and without a final newline."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed: give the text as an argument")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")  # without the mark that Windows puts before UTF-8
+    except UnicodeDecodeError as error:
+        wrong = f"{error.object[error.start]:#04x} is byte {error.start}"
+        raise UsageError(f"standard input is not UTF-8 ({wrong}): convert it, with iconv say") from None
+    return re.sub(r"\r?\n\Z", "", text)
+
+
 def write(text: str) -> None:
     """Write to standard output, now. Raises BrokenPipeError if nobody reads it any more."""
     try:
@@ -67,7 +80,8 @@ def write(text: str) -> None:
 
 
 def say(message: str) -> None:
-    """Write one line to standard error, if that is open."""
+    """Write one line to standard error, if that is open; what would move the cursor is escaped."""
+    line = "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in message)
     if sys.stderr is not None:
         with suppress(OSError):
-            print("picogpt:", message.replace("\n", " "), file=sys.stderr, flush=True)
+            print("picogpt:", line, file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ import google_crc32c
 import requests
 from tqdm import tqdm
 
-from picogpt.command import exit_status, leave
+from picogpt.command import exit_status, leave, write
 from picogpt.hugging_face import parse_object, read_json
 from picogpt.leveldb_table import mask
 from picogpt.model_dirs import OPENAI_SIZES, OPENAI_URL, is_whole, model_dirs
@@ -210,7 +210,9 @@ def _index_entries(content: bytes) -> list[Entry]:
 
 
 def _check_graph(content: bytes) -> None:
-    if not message_fields(content).keys() & {1, 2}:  # MetaGraphDef's meta_info_def and graph_def
+    if not {1, 2} & {
+        field for field, _ in message_fields(content)
+    }:  # MetaGraphDef's meta_info_def and graph_def
         raise ValueError("there is no graph in it")
 
 
@@ -295,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base_url", help=f"a mirror; otherwise $PICOGPT_BASE_URL, or {OPENAI_URL}")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, leave)  # nothing is lost: what has come is in the file
-    return exit_status(lambda: print(download(args.model_size, args.models_dir, base_url=args.base_url)))
+    return exit_status(lambda: write(f"{download(args.model_size, args.models_dir, base_url=args.base_url)}\n"))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from picogpt import PicogptError
 # programs with other tables can cut differently next to characters that were assigned in between.
 PATTERN = regex.compile(r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
 ALWAYS_CUT = regex.compile(r" (?=\S)")  # whatever stands before: PATTERN cuts in front of this space
+MOST_BYTES = 1 << 25  # of a vocabulary file: GPT-2's are 1 MB, and JSON takes 25 times its size in memory
 CHUNK = 1 << 16  # characters cut at a time, so that a book is never a list of a million pieces
 MOST_KNOWN, LONGEST_KNOWN = 1 << 17, 64  # pieces whose ids are remembered, and how long they may be
 
@@ -39,10 +40,8 @@ LAYOUTS = ("encoder.json + vocab.bpe", "tokenizer.json", "vocab.json + merges.tx
 TOKENIZER_JSON = {
     "model.type": (None, "BPE"),
     "model.dropout": (None, 0),
-    "model.continuing_subword_prefix": (None, ""),
-    "model.end_of_word_suffix": (None, ""),
-    "model.byte_fallback": (None, False),
-    "model.ignore_merges": (None, False),
+    **dict.fromkeys(("model.continuing_subword_prefix", "model.end_of_word_suffix"), (None, "")),
+    **dict.fromkeys(("model.byte_fallback", "model.ignore_merges"), (None, False)),
     "normalizer.type": (None,),
     "pre_tokenizer.type": ("ByteLevel",),
     "pre_tokenizer.add_prefix_space": (False,),
@@ -109,12 +108,15 @@ class Encoder:
         self.n_vocab = len(encoder)
         self.special_tokens: dict[str, int] = {}
         self._words = encoder.copy()  # all that merges can make
+        named = set(special_tokens) - {""}
         for i in self._unmade(bpe_merges):
             token = self.decoder[i]
             text = token.translate(BYTE_OF_SYMBOL).encode("latin-1", "replace").decode("utf-8", "replace")
-            if to_symbols(text) != token or (len(PATTERN.findall(text)) < 2 and text not in special_tokens):
+            if to_symbols(text) != token or (len(PATTERN.findall(text)) < 2 and text not in named):
                 raise EncoderError(f"no merge makes the token {token!r}: is the list of merges cut short?")
             self.special_tokens[text] = self._words.pop(token)
+        if made := named - self.special_tokens.keys():
+            raise EncoderError(f"{min(made)!r} is an added token, but merges make it too: take it out")
         self.end_of_text = self.special_tokens.get(END_OF_TEXT)
         self._known: dict[str, list[int]] = {}
 
@@ -164,7 +166,7 @@ class Encoder:
             self._known[piece] = ids
         return ids
 
-    def _merge(self, symbols: str) -> tuple[list[str], list[Merge]]:
+    def _merge(self, symbols: str) -> tuple[list[str], list[tuple[int, int, str, str]]]:
         """The tokens of a piece, and the merges that led there: the lowest rank first, of equals the leftmost.
 
         OpenAI's `bpe` looks through all pairs again for each merge, n * n steps for n symbols. Here the pairs
@@ -197,7 +199,8 @@ class Encoder:
         for piece in _pieces(text):
             symbols = to_symbols(piece)
             tokens, merges = self._merge(symbols)
-            pieces.append(Piece(piece, symbols, merges, tokens, [self._words[token] for token in tokens]))
+            ids = [self._words[token] for token in tokens]
+            pieces.append(Piece(piece, symbols, [Merge(*merge) for merge in merges], tokens, ids))
         return pieces
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
@@ -231,8 +234,11 @@ class Encoder:
         merges = "".join(f"{left} {right}\n" for left, right in self.bpe_ranks)
         for name, content in (("encoder.json", vocabulary), ("vocab.bpe", "#version: 0.2\n" + merges)):
             unfinished = directory / f"{name}.part"
-            unfinished.write_bytes(content.encode("utf-8"))
-            unfinished.replace(directory / name)
+            try:
+                unfinished.write_bytes(content.encode("utf-8"))
+                unfinished.replace(directory / name)
+            finally:  # a full disk leaves half of it
+                unfinished.unlink(missing_ok=True)
 
 
 class StreamDecoder:
@@ -281,10 +287,9 @@ def get_encoder(model_dir: str | os.PathLike[str] | None = None) -> Encoder:
         if files[0].exists():
             try:
                 return Encoder(*(_read_pair(*files) if len(files) == 2 else _read_tokenizer_json(*files)))
-            except EncoderError as error:
-                raise EncoderError(f"{directory} ({layout}): {error}") from None
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise EncoderError(f"{directory} ({layout}): not laid out as it should be: {error!r}") from None
+            except (EncoderError, AttributeError, KeyError, TypeError, ValueError) as error:
+                said = error if isinstance(error, EncoderError) else f"not laid out as it should be: {error!r}"
+                raise EncoderError(f"{directory} ({layout}): {said!s:.400}") from None
     raise EncoderError(f"{directory} holds no vocabulary: it needs {', or '.join(LAYOUTS)}")
 
 
@@ -303,7 +308,10 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, st
         found = (content.get(part) or {}).get(name)
         if found not in allowed:
             raise EncoderError(f"{setting} is {found!r}, but only {allowed[-1]!r} is GPT-2's byte-level BPE")
-    special_tokens = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    added = content.get("added_tokens") or []
+    special_tokens = {token["content"]: token["id"] for token in added}
+    if any(token.get(name) for token in added for name in ("single_word", "lstrip", "rstrip")):
+        raise EncoderError("an added token has single_word, lstrip or rstrip: GPT-2's take nothing beside them")
     encoder = content["model"]["vocab"] | {to_symbols(text): i for text, i in special_tokens.items()}
     lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     return encoder, _pairs(lines), special_tokens.keys()
@@ -320,53 +328,43 @@ def _pairs(lines: list[str]) -> list[tuple[str, str]]:
 def _read(path: Path) -> Any:
     """What a .json file holds, or the text of another. In UTF-8, whatever the platform prefers."""
     try:
+        if (path.exists() and not path.is_file()) or path.stat().st_size > MOST_BYTES:
+            raise ValueError("it is no file, or too large")  # a pipe would keep us waiting
         text = path.read_bytes().decode("utf-8")
         return json.loads(text) if path.suffix == ".json" else text
     except (OSError, ValueError, RecursionError) as error:
         raise EncoderError(f"cannot read {path.name}: {error}") from None
 
 
-def _show(piece: Piece, colour: bool) -> None:
-    """Print how a piece becomes ids, with a line for each merge and its rank if the piece is short."""
+def _show(piece: Piece, colour: bool) -> str:
+    """How a piece becomes ids, with a line for each merge and its rank if the piece is short."""
     paint = "\x1b[1;32m{}\x1b[0m" if colour else "{}"
-    print(repr(piece.text))
     row = dict(enumerate(piece.symbols))
-    print("  bytes      ", *row.values())
+    lines = [("bytes", " ".join(piece.symbols))]
     for rank, start, left, right in piece.merges if len(row) <= 64 else ():
         del row[start + len(left)]
         row[start] = left + right
-        symbols = [paint.format(symbol) if i == start else symbol for i, symbol in row.items()]
-        print(f"  merge {rank:<5}", *symbols)
-    print("  tokens     ", *map(paint.format, piece.tokens))
-    print("  ids        ", *piece.ids)
+        symbols = (paint.format(symbol) if i == start else symbol for i, symbol in row.items())
+        lines.append((f"merge {rank}", " ".join(symbols)))
+    lines += [("tokens", " ".join(map(paint.format, piece.tokens))), ("ids", " ".join(map(str, piece.ids)))]
+    return "\n".join([repr(piece.text), *(f"  {name:<11} {row}" for name, row in lines)]) + "\n"
 
 
 def main() -> int:
     """`python -m picogpt.encoder TEXT [MODEL_DIR]`: show TEXT becoming ids. `-`, or a pipe: standard input."""
-    text, *model_dir = sys.argv[1:] or ["-"]
-    try:
-        if sys.stdout is None or sys.stdin is None:
-            raise EncoderError("standard input and output must be open")
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    from picogpt.command import UsageError, exit_status, read, write
+
+    def command() -> None:
+        text, *model_dir = sys.argv[1:] or ["-"]
+        if len(model_dir) > 1 or (len(sys.argv) == 1 and sys.stdin is not None and sys.stdin.isatty()):
+            raise UsageError('usage: python -m picogpt.encoder "TEXT" [MODEL_DIR]')
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        if len(model_dir) > 1 or (len(sys.argv) == 1 and sys.stdin.isatty()):
-            raise EncoderError('usage: python -m picogpt.encoder "TEXT" [MODEL_DIR]')
-        if text == "-":
-            text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-        for piece in get_encoder(*model_dir).explain(text):
-            _show(piece, colour)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    except (EncoderError, UnicodeDecodeError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:  # Python would complain again when it closes the output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # then the reader has seen enough
-            print(f"cannot write: {error.strerror}", file=sys.stderr)
-            return 2
-    return 0
+        if colour and os.name == "nt":
+            os.system("")  # the shell, on its way, makes an old console understand escape sequences
+        for piece in get_encoder(*model_dir).explain(read() if text == "-" else text):
+            write(_show(piece, colour))
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -26,11 +26,23 @@ def memory() -> tuple[int, int]:
     import psutil
 
     total, available = psutil.virtual_memory()[:2]
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # no such limit, or "max"
-        return total, available
-    return min(total, limit), min(available, limit)
+    return min([total, *_container_limits()]), min([available, *_container_limits()])
+
+
+def _container_limits() -> list[int]:
+    """The limits of memory that Linux has set for this process's control group, if any."""
+    limits = []
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in ("", "memory"):  # of the second version of control groups, and of the first
+                file = "memory{}/memory.limit_in_bytes" if controllers else "{}/memory.max"
+                for place in (group, ""):  # a container sees its own group at the root
+                    with suppress(OSError, ValueError):  # no such file; "max"
+                        limits.append(
+                            int(Path("/sys/fs/cgroup", file.format(place).lstrip("/")).read_text("utf-8"))
+                        )
+    return limits
 
 
 @functools.cache

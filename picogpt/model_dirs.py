@@ -43,7 +43,7 @@ def model_dirs(models_dir: str | Path | None = None) -> list[Path]:
     from platformdirs import user_cache_path
 
     here = [Path("models")] if Path("models").is_dir() else []
-    return [*here, user_cache_path("picogpt", appauthor=False) / "models"]
+    return [*here, user_cache_path("picogpt", appauthor=False, opinion=False) / "models"]
 
 
 def find_model_dir(model_size: str, models_dir: str | Path | None = None) -> Path | None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -48,7 +48,8 @@ _DTYPES = {  # tensorflow/core/framework/types.proto
 }
 _HEADER = bytes.fromhex("0801 1a020801")  # one shard, format version 1; "little-endian" is 0 and not written
 
-_Fields = dict[int, list[int | bytes]]
+_VARINT, _BYTES, _FIXED32 = 0, 2, 5  # wire types: how a protocol buffer writes a field's value
+_Fields = dict[tuple[int, int], list[Any]]  # by number and wire type: with another type it is another field
 
 
 class CheckpointError(PicogptError):
@@ -198,7 +199,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())  # else a power cut may keep the new name and lose what it names
         temporary.replace(path)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+        mapped = " (it is in use: save to another directory)" * (os.name == "nt" and path.exists())
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}{mapped}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -275,7 +277,7 @@ def _num_shards(key: bytes, value: bytes) -> int:
 def _entry(key: bytes, value: bytes, prefix: str | Path, num_shards: int) -> tuple[str, Entry]:
     """Return a tensor's name and what its BundleEntryProto says."""
     fields = message_fields(value)
-    if key.startswith(b"\0") or 7 in fields:
+    if key.startswith(b"\0") or (7, _BYTES) in fields:
         raise ValueError(f"{key!r:.80} is stored in slices (a partitioned variable): not read; save it whole")
     name = key.decode()
     number, shard = _number(fields, 1), _number(fields, 3)
@@ -287,7 +289,7 @@ def _entry(key: bytes, value: bytes, prefix: str | Path, num_shards: int) -> tup
         shard=Path(f"{prefix}.data-{shard:05d}-of-{num_shards:05d}"),
         offset=_number(fields, 4),
         size=_number(fields, 5),
-        crc32c=_fixed32(fields, 6),
+        crc32c=int.from_bytes(fields.get((6, _FIXED32), [b""])[-1], "little"),
     )
 
 
@@ -304,40 +306,27 @@ def _encode_entry(entry: Entry) -> bytes:
 
 
 def message_fields(message: bytes) -> _Fields:
-    """Return the fields of a protocol buffer by number, each a list; unknown ones do no harm."""
+    """Return the fields of a protocol buffer: ints (varints), bytes, 4 or 8 bytes; unknown ones do no harm."""
     fields: _Fields = {}
-    value: int | bytes
     at = 0
     while at < len(message):
         tag, at = varint(message, at)
+        value: int | bytes
         wire = tag & 7
-        if wire == 0:
+        if wire == _VARINT:
             value, at = varint(message, at)
-        elif wire in (1, 2, 5):
-            size, at = varint(message, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
+        elif wire in (1, _BYTES, _FIXED32):
+            size, at = varint(message, at) if wire == _BYTES else ({1: 8, _FIXED32: 4}[wire], at)
             value, at = message[at : at + size], at + size
-        if wire not in (0, 1, 2, 5) or at > len(message):
+        if wire not in (_VARINT, 1, _BYTES, _FIXED32) or at > len(message):
             raise ValueError("damaged: a protocol buffer in it does not parse")
-        fields.setdefault(tag >> 3, []).append(value)
+        fields.setdefault((tag >> 3, wire), []).append(value)
     return fields
 
 
 def _number(fields: _Fields, field: int) -> int:
-    value = fields.get(field, [0])[-1]
-    if isinstance(value, bytes):
-        raise ValueError(f"damaged: bytes where field {field} should be a number")
-    return value
-
-
-def _fixed32(fields: _Fields, field: int) -> int:
-    value = fields.get(field, [bytes(4)])[-1]
-    if not isinstance(value, bytes) or len(value) != 4:
-        raise ValueError(f"damaged: field {field} should be four bytes")
-    return int.from_bytes(value, "little")
+    return fields.get((field, _VARINT), [0])[-1]
 
 
 def _messages(fields: _Fields, field: int) -> list[_Fields]:
-    values = fields.get(field, [])
-    if not all(isinstance(value, bytes) for value in values):
-        raise ValueError(f"damaged: a number where field {field} should be a message")
-    return [message_fields(value) for value in values if isinstance(value, bytes)]
+    return [message_fields(value) for value in fields.get((field, _BYTES), [])]

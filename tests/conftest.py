@@ -1,6 +1,7 @@
 """What several test files share: one BLAS thread, and the data that lies beside the checkout."""
 
 import os
+import sys
 
 # With as many threads as cores OpenBLAS collapses as soon as a neighbour holds a core.
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -22,6 +23,11 @@ def assets() -> Path:
     if not ASSETS.is_dir():
         pytest.skip("needs ../shared/assets, which lies beside the checkout on the project's own machines")
     return ASSETS
+
+
+def pytest_configure(config):
+    if sys.platform == "darwin":  # before 2.4 NumPy reports overflow in Accelerate's products of small numbers
+        config.addinivalue_line("filterwarnings", "ignore:.* encountered in matmul:RuntimeWarning")
 
 
 def pytest_addoption(parser):

@@ -1,9 +1,11 @@
 """Model directories: loaded and saved against TensorFlow, refused for what is wrong with them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import traceback
 import tracemalloc
 from pathlib import Path
 
@@ -91,6 +93,7 @@ def root_of(array: np.ndarray) -> object:
 
 
 def one_line(error) -> str:
+    traceback.clear_frames(error.tb)  # they hold arrays, and Windows does not let go of files that are mapped
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -274,7 +277,7 @@ def test_damage_is_told_apart(small, tmp_path):
         load_hparams_and_params(small, verify=True)
 
     index.write_bytes(whole_index)
-    tensors = read_bundle(small / "model.ckpt")
+    tensors = {name: tensor.copy() for name, tensor in read_bundle(small / "model.ckpt").items()}
     del tensors["model/h1/ln_2/g"]
     write_bundle(small / "model.ckpt", tensors)
     with pytest.raises(CheckpointError, match=r"missing: model/h1/ln_2/g$") as error:
@@ -284,7 +287,7 @@ def test_damage_is_told_apart(small, tmp_path):
 
 
 def test_all_wrong_tensors_are_named(small):
-    tensors = dict(read_bundle(small / "model.ckpt"))
+    tensors = {name: tensor.copy() for name, tensor in read_bundle(small / "model.ckpt").items()}
     tensors["model/Adam"] = tensors.pop("model/wpe")
     tensors["model/h0/attn/c_proj/w"] = tensors["model/h0/attn/c_proj/w"][
         0
@@ -521,6 +524,7 @@ def test_killed_while_saving(tmp_path, monkeypatch, before, links):
             ]
             assert len(which) == 1, f"killed at operation {number}: a mixture"
             seen += which
+        params = None  # mapped, it would be in the way on Windows
         save_checkpoint(directory, *new)  # the next one finds nothing in its way, and clears up
         assert equal(load_hparams_and_params(directory, verify=True)[1], new[1])
         assert not list(directory.glob("*previous*"))
@@ -532,6 +536,7 @@ def test_killed_while_saving(tmp_path, monkeypatch, before, links):
     assert before == "nothing" or seen.count("nothing") <= 4
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not replace a file that is mapped")
 def test_saving_over_what_is_loaded(tmp_path):
     """The arrays that are saved are mapped from the files that are replaced."""
     params = random_params(SMALL)

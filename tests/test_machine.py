@@ -102,16 +102,29 @@ def test_set_threads_is_for_libraries_that_are_loaded_and_that_will_be(monkeypat
         monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize("limit, limited", [("max\n", False), ("1000000\n", True), (None, False)])
-def test_memory_is_the_machines_or_the_containers(monkeypatch, limit, limited):
-    def read_text(path):
-        if limit is None:
-            raise FileNotFoundError
-        return limit
+@pytest.mark.parametrize(
+    "groups, path, limit",
+    [
+        ("0::/user/1", "/sys/fs/cgroup/user/1/memory.max", "1000000"),
+        ("0::/user/1", "/sys/fs/cgroup/memory.max", "1000000"),
+        ("3:cpu:/x\n4:memory:/y", "/sys/fs/cgroup/memory/y/memory.limit_in_bytes", "1000000"),
+        ("4:memory:/y", "/sys/fs/cgroup/memory/memory.limit_in_bytes", "1000000"),
+        ("0::/user/1", "/sys/fs/cgroup/user/1/memory.max", "max"),
+        ("4:cpu:/y", "/sys/fs/cgroup/memory/memory.limit_in_bytes", "1000000"),
+        ("", "", ""),
+    ],
+)
+def test_memory_is_the_machines_or_the_containers(monkeypatch, groups, path, limit):
+    files = {Path("/proc/self/cgroup"): groups, Path(path): limit}
+
+    def read_text(path, encoding):
+        if files.get(path):
+            return files[path] + "\n"
+        raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", read_text)
     total, available = machine.memory()
-    if limited:
+    if limit.isdecimal() and "cpu:/y" not in groups:
         assert total == available == 1_000_000
     else:
         assert total == psutil.virtual_memory().total

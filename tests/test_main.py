@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from models import random_params, tree_map
 from picogpt import __version__
@@ -58,7 +59,8 @@ def own_process(monkeypatch):
         monkeypatch.setenv(name, os.environ[name])
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # it would hide that text waits to be flushed
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    yield
+    with threadpool_limits():  # --threads is for the whole process, which here is that of all tests
+        yield
     signal.signal(signal.SIGINT, previous)
 
 
@@ -299,7 +301,7 @@ def test_version(picogpt):
 def test_too_little_memory_is_said_beforehand(picogpt, monkeypatch):
     monkeypatch.setattr("picogpt.__main__.memory", lambda: (8 << 30, 200 << 20))
     assert "memory" not in picogpt("7")[2]  # a few kilobytes fit
-    monkeypatch.setattr("picogpt.__main__.MEMORY_BESIDE_WEIGHTS", 4 << 30)
+    monkeypatch.setattr("picogpt.__main__.MEMORY_BESIDE_BOTH", 4 << 30)
     status, out, err = picogpt("7")
     assert (status, out) == (0, "89\n")
     assert "needs 4.3 GB of memory, but 0.2 of this machine's 8.6 GB are free" in err
@@ -313,7 +315,7 @@ def test_bytes_that_are_no_text_and_a_closed_input_are_one_line(picogpt, monkeyp
         "picogpt: standard input is not UTF-8 (0xff is byte 2): convert it, with iconv say\n",
     )
     monkeypatch.setattr(sys, "stdin", None)
-    assert picogpt("-")[2] == "picogpt: standard input is closed: give the prompt as an argument\n"
+    assert picogpt("-")[2] == "picogpt: standard input is closed: give the text as an argument\n"
 
 
 @pytest.mark.parametrize(
@@ -369,7 +371,7 @@ def test_text_is_utf8_whatever_the_locale_and_comes_before_what_is_slow_to_impor
         monkeypatch.delenv(name, raising=False)
     options = {"env": os.environ | locale, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     flags = "--n_tokens_to_generate=10", "--threads=1"
-    running = process("é😀!", *flags, python=["-X", "importtime"], **options)
+    running = process(os.fsdecode("é😀!".encode()), *flags, python=["-X", "importtime"], **options)
     out = running.communicate()[0].replace(b"\r\n", b"\n")  # Windows, on standard error
     before, text, after = out.partition("😀!😀!".encode())
     assert running.returncode == 0 and text

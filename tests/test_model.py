@@ -40,7 +40,7 @@ def small():
 
 
 def test_model_py_has_at_most_200_lines():
-    assert len(Path(model.__file__).read_text().splitlines()) <= 200
+    assert len(Path(model.__file__).read_text(encoding="utf-8").splitlines()) <= 200
 
 
 class TestTransformers:

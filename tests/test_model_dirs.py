@@ -11,7 +11,7 @@ from picogpt.model_dirs import OPENAI_SIZES, ModelDirError, find_model_dir, know
 def elsewhere(tmp_path, monkeypatch):
     """An empty working directory, cache and environment."""
     home = tmp_path / "home"
-    for name in ("HOME", "USERPROFILE", "LOCALAPPDATA", "XDG_CACHE_HOME"):
+    for name in ("HOME", "USERPROFILE", "WIN_PD_OVERRIDE_LOCAL_APPDATA", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(home))
     monkeypatch.delenv("PICOGPT_MODELS_DIR", raising=False)
     monkeypatch.chdir(tmp_path)

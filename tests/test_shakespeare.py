@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from picogpt.checkpoint import load_encoder_hparams_and_params
-from picogpt.model_dirs import EMBEDDED, find_model_dir
 from picogpt.generation import streams
 from picogpt.model import gpt2
+from picogpt.model_dirs import EMBEDDED, find_model_dir
 
 TEXT = Path(__file__).parents[1] / "data" / "tinyshakespeare.txt"
 

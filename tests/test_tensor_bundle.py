@@ -155,6 +155,7 @@ def test_merged_shards_from_tensorflow(tf, tmp_path):
     tensors = read_bundle(tmp_path / "all", verify=True)
     assert {name: len(tensor) for name, tensor in tensors.items()} == {"t0": 3, "t1": 4, "t2": 5}
     assert all(isinstance(root_of(tensor), np.memmap) for tensor in tensors.values())
+    del tensors  # Windows does not delete a file that is mapped
     (tmp_path / "all.data-00001-of-00003").unlink()
     with pytest.raises(CheckpointError, match=r"all\.data-00001-of-00003 is missing"):
         read_bundle(tmp_path / "all")
@@ -253,8 +254,6 @@ DAMAGED = {
     "long field": ([(b"", HEADER), (b"a", b"\x12" + NINES)], "does not parse"),
     "wire": ([(b"", HEADER), (b"a", b"\x0b")], "does not parse"),
     "fixed": ([(b"", HEADER), (b"a", b"\x35\x00")], "does not parse"),
-    "number": ([(b"", HEADER), (b"a", b"\x22\x01x")], "bytes where field 4 should be a number"),
-    "message": ([(b"", HEADER), (b"a", b"\x10\x01")], "a number where field 2 should be a message"),
 }
 
 
