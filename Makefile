@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-skipped lint bench train
+.PHONY: help run test test-skipped lint bench neighbour sizes faults fuzz train
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,6 +25,18 @@ lint: .venv/installed-dev ## check style, format and types
 
 bench: .venv/installed-oracle ## measure speed and memory against transformers + torch, interleaved
 	$(BIN)/python benchmarks/speed.py
+
+neighbour: .venv/installed ## measure speed alone, and beside a process that holds a core
+	$(BIN)/python benchmarks/neighbour.py
+
+sizes: .venv/installed ## run models of all four sizes, random weights, and measure their memory (6 GB of disk)
+	$(BIN)/python benchmarks/sizes.py
+
+faults: .venv/installed-dev ## download from a server that behaves badly; print what the user sees
+	$(BIN)/python benchmarks/faults.py
+
+fuzz: .venv/installed-dev ## feed bad files and command lines to every reader for five minutes each
+	$(BIN)/python tests/fuzz.py --seconds 300
 
 train: .venv/installed-dev ## train models/shakespeare anew, into runs/shakespeare
 	$(BIN)/python -m picogpt.train data/tinyshakespeare.txt --output runs/shakespeare

@@ -16,7 +16,7 @@ from picogpt import PicogptError
 TIMEOUTS = 10, 30  # seconds to connect, and to wait for the next bytes
 PAUSES = 1, 2, 4, 8, 16  # seconds before another attempt, as long as no attempt brings anything new
 LONGEST_PAUSE = 60  # seconds, when the server asks for one
-CHUNK = 1 << 17  # bytes at a time: a broken connection loses less
+CHUNK = 1 << 18  # bytes at a time: more would be faster, and a broken connection would lose more
 MIRROR = "name a mirror in PICOGPT_BASE_URL, or place the files by hand (`python -m picogpt.verify` lists them)"
 CURE = f"check the network, {MIRROR}"
 
