@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
 
@@ -57,7 +58,7 @@ right?); python -m picogpt.info (which models, which BLAS). And python -m picogp
 
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # so "--help me" is none: it has a space
 TEXT_FLAGS = {"prompt", "model_size", "models_dir", "stop", "context", "backend"}
-MEMORY_BESIDE_BOTH = (
+BESIDE_WEIGHTS_AND_CACHE = (
     150_000_000  # bytes, beside weights and cache: Python, NumPy, the vocabulary, a token's own
 )
 EMBEDDED_NOTE = " (the embedded model; GPT-2 itself: --model_size 124M)"
@@ -170,26 +171,25 @@ def run(
     if sys.platform == "darwin":  # NumPy before 2.4 reports overflow in Accelerate's products of small numbers
         warnings.filterwarnings("ignore", ".* encountered in matmul", RuntimeWarning)
     from picogpt.checkpoint import load_encoder_hparams_and_params
-    from picogpt.generation import streams
+    from picogpt.generation import check_settings, streams
     from picogpt.model_dirs import EMBEDDED
 
+    settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "context": context}
+    settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    check_settings(n_tokens_to_generate, **settings)  # which `streams` does, too, but only after a download
+    text = read_prompt(prompt)
     model = EMBEDDED if model_size is None else model_size
     encoder, hparams, params = load_encoder_hparams_and_params(model, models_dir)
-    ids = encode(read_prompt(prompt), encoder)
-    warn_of_memory(model, hparams, len(ids) + n_tokens_to_generate)
+    ids = encode(text, encoder)
     samples = streams(
         ids,
         to_jax(params) if backend == "jax" else params,
         hparams["n_head"],
         n_tokens_to_generate,
-        num_samples=num_samples,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
         stop_ids=() if encoder.end_of_text is None else (encoder.end_of_text,),
-        context=context,
+        **settings,
     )
+    warn_of_memory(model, hparams, len(ids) + n_tokens_to_generate, num_samples)
     if num_samples > 1 and (temperature == 0 or (temperature is top_k is top_p is None)):
         say("greedy samples are all the same: for different ones set --temperature, 0.8 for example")
     print_samples(samples, encoder, stop, model + EMBEDDED_NOTE * (model_size is None), backend)
@@ -204,8 +204,10 @@ def check(stop: Sequence[str], backend: str, threads: int | None) -> None:
         raise UsageError("--stop is empty: give the text to stop at, or leave it out")
     if backend not in ("numpy", "jax"):
         raise UsageError(f"backend is {backend!r}: give numpy or jax")
+    if backend == "jax" and find_spec("jax") is None:
+        raise UsageError("--backend jax needs JAX: pip install jax")
     if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
-        raise UsageError(f"threads is {threads!r}: give a whole number from 1, or leave it out")
+        raise UsageError(f"threads is {threads!r}: give a whole number from 1 to 1024, or leave it out")
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -226,12 +228,14 @@ def encode(text: str, encoder: Any) -> list[int]:
     return encoder.encode(text)
 
 
-def warn_of_memory(model: str, hparams: dict[str, int], n_seq: int) -> None:
+def warn_of_memory(model: str, hparams: dict[str, int], n_seq: int, num_samples: int) -> None:
     """Say beforehand when the weights will not stay in memory: then every token waits for the disk."""
     from picogpt.checkpoint import parameter_shapes
 
-    cache = 2 * hparams["n_layer"] * min(n_seq, hparams["n_ctx"]) * hparams["n_embd"]
-    needed = MEMORY_BESIDE_BOTH + 4 * (cache + sum(map(math.prod, parameter_shapes(hparams).values())))
+    cache = 2 * hparams["n_layer"] * min(n_seq, hparams["n_ctx"]) * hparams["n_embd"]  # of each sample
+    needed = BESIDE_WEIGHTS_AND_CACHE + 4 * (
+        num_samples * cache + sum(map(math.prod, parameter_shapes(hparams).values()))
+    )
     if needed > 1 << 30:  # a machine with less than that is nobody's
         total, available = memory()
         if needed > available:
@@ -245,8 +249,6 @@ def to_jax(params: dict[str, Any]) -> dict[str, Any]:
         import jax
 
         return jax.tree.map(jax.numpy.asarray, params)
-    except ImportError as error:
-        raise UsageError("--backend jax needs JAX: pip install jax") from error
     except (RuntimeError, AssertionError, ValueError) as error:  # no such platform, no driver, a wrong setting
         raise UsageError(f"JAX does not start: {error}") from error
 

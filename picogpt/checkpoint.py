@@ -212,15 +212,24 @@ def read_entries(directory: Path) -> tuple[dict[str, int], dict[str, Entry]]:
 
 
 def _openai_entries(directory: Path, hparams: Mapping[str, int]) -> dict[str, Entry]:
-    """Return the checked entries of a TensorFlow checkpoint, its [1, in, out] kernels as [in, out]."""
+    """Return the checked entries of a TensorFlow checkpoint."""
     if not (directory / "checkpoint").exists():
         raise CheckpointError(
             f"{directory} has no file 'checkpoint', which names the others: {_cure(directory)}"
         )
-    entries = read_index(directory / _current_prefix(directory))
+    return openai_entries(directory, read_index(directory / _current_prefix(directory)), hparams)
+
+
+def openai_entries(
+    where: str | Path, entries: Mapping[str, Entry], hparams: Mapping[str, int]
+) -> dict[str, Entry]:
+    """Return the entries of an index in the order of `parameter_shapes`, [1, in, out] kernels as [in, out].
+
+    Raises CheckpointError, which begins with `where`, if they are not those of the hyper-parameters.
+    """
     shapes = parameter_shapes(hparams, lm_head="model/lm_head" in entries)
     stored = {name: _stored(name, shape) for name, shape in shapes.items()}
-    _check_shapes(directory, {name: entry.shape for name, entry in entries.items()}, stored)
+    _check_shapes(where, {name: entry.shape for name, entry in entries.items()}, stored)
     return {name: entries[name]._replace(shape=shape) for name, shape in shapes.items()}
 
 

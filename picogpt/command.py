@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,13 +22,14 @@ class UsageError(PicogptError):
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command: return 0, or what it returns, or 2 after one line on what stopped it, or 130 after Ctrl-C.
 
-    Standard output is made UTF-8, whatever the platform prefers.
+    Takes over Ctrl-C, and makes standard output UTF-8, whatever the platform prefers.
     """
+    signal.signal(signal.SIGINT, leave)
     try:
         if sys.stdout is None:
             raise UsageError("standard output is closed: there is nowhere to write to")
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8", newline="")
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
         return command() or 0
     except BrokenPipeError:  # whoever read us has read enough
         return 0
@@ -80,8 +82,12 @@ def write(text: str) -> None:
 
 
 def say(message: str) -> None:
-    """Write one line to standard error, if that is open; what would move the cursor is escaped."""
+    """Write one line to standard error, if that is open, and above a progress bar, if there is one."""
+    # What would move the cursor is escaped: it may come from a file, or from a server.
     line = "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in message)
     if sys.stderr is not None:
         with suppress(OSError):
-            print("picogpt:", line, file=sys.stderr, flush=True)
+            if "tqdm" in sys.modules:  # 40 ms to import, for a bar that is not there
+                sys.modules["tqdm"].tqdm.write(f"picogpt: {line}", file=sys.stderr)
+            else:
+                print("picogpt:", line, file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from picogpt import PicogptError
 from picogpt.cache import JAXCache, KVCache, with_attend
-from picogpt.machine import blas_threads, one_blas_thread, spare_core
+from picogpt.machine import blas_threads, decode_threads, limited_to
 from picogpt.model import gpt2
 from picogpt.sampling import make_sampler
 
@@ -42,10 +42,10 @@ class Decoder:
         # Somebody who watches is shown whole arrays, in order.
         most = 1 if "tap" in self.params else len(ids) // ROWS_PER_THREAD
         n_threads = min(most, blas_threads()) if most > 1 else 1
-        if n_threads == 1:
-            with spare_core():
-                return self._read(ids, start, self.caches, slice(-1, None))[0]
-        return self._read_in_threads(ids, start, n_threads)[0]
+        with limited_to(decode_threads() if n_threads == 1 else 1) as alone:
+            if n_threads > 1 and alone:
+                return self._read_in_threads(ids, start, n_threads)[0]
+            return self._read(ids, start, self.caches, slice(-1, None))[0]
 
     def _read(self, ids, start, attends, rows):
         params = with_attend(self.params, attends)
@@ -70,7 +70,7 @@ class Decoder:
                 ids[begin:end], start + begin, attends, slice(-1, None) if end == len(ids) else slice(0)
             )
 
-        with one_blas_thread(), ThreadPoolExecutor(n_threads) as pool:
+        with ThreadPoolExecutor(n_threads) as pool:
             try:
                 parts = [pool.submit(read, begin, end) for begin, end in pairwise(borders)]
                 for part in as_completed(parts):
@@ -161,11 +161,10 @@ def streams(
     context: str = "error",
 ) -> list[Iterator[int]]:
     """Several continuations of one prompt, which is read once. The i-th draws with seed + i."""
-    n_vocab, n_ctx = len(params["wte"]), len(params["wpe"])
-    n = _check_count("n_tokens_to_generate", n_tokens_to_generate, least=0)
-    samplers = [make_sampler(temperature, top_k, top_p, seed)]
-    for i in range(1, _check_count("num_samples", num_samples, least=1)):
-        samplers.append(make_sampler(temperature, top_k, top_p, None if seed is None else seed + i))
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    check_settings(n_tokens_to_generate, num_samples, seed=seed, context=context, **how)
+    n, n_vocab, n_ctx = int(n_tokens_to_generate), len(params["wte"]), len(params["wpe"])
+    samplers = [make_sampler(**how, seed=None if seed is None else seed + i) for i in range(num_samples)]
     stops = frozenset(stop_ids)
     ids = _fit(_check_ids(inputs, n_vocab), n, n_ctx, context)
     make_decoder = Decoder if params["wte"].__array_namespace__() is np else JAXDecoder
@@ -201,10 +200,17 @@ def streams(
     return [continuation(choose) for choose in samplers]
 
 
-def _check_count(name: str, value: Any, least: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise GenerationError(f"{name} is {value!r}: give a whole number from {least}")
-    return int(value)
+def check_settings(n_tokens_to_generate: int, num_samples: int, *, context: str, **how_to_choose: Any) -> None:
+    """Raise GenerationError or SamplingError for settings of `streams` that are wrong for every model."""
+    for name, value, least in (
+        ("n_tokens_to_generate", n_tokens_to_generate, 0),
+        ("num_samples", num_samples, 1),
+    ):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise GenerationError(f"{name} is {value!r}: give a whole number from {least}")
+    if context not in ("error", "truncate", "slide"):
+        raise GenerationError(f'context is {context!r}: give "error", "truncate" or "slide"')
+    make_sampler(**how_to_choose)
 
 
 def _check_ids(inputs: Sequence[int], n_vocab: int) -> list[int]:
@@ -227,8 +233,6 @@ def _check_ids(inputs: Sequence[int], n_vocab: int) -> list[int]:
 
 def _fit(ids: list[int], n: int, n_ctx: int, context: str) -> list[int]:
     excess = len(ids) + n - n_ctx
-    if context not in ("error", "truncate", "slide"):
-        raise GenerationError(f'context is {context!r}: give "error", "truncate" or "slide"')
     if excess <= 0 or context == "slide":
         return ids
     total = f"{len(ids)} tokens of prompt and {n} new ones are {excess} more than the model's {n_ctx} positions"

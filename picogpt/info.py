@@ -33,7 +33,10 @@ def report() -> None:
             write(f"{name}={os.environ[name]}\n")
     write("models, in the order in which they are looked for:\n")
     for directory in model_dirs():
-        found = sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
+        try:
+            found = sorted(path for path in directory.iterdir() if path.is_dir())
+        except OSError:  # not there, or not ours to read
+            found = []
         names = ", ".join(path.name + ("" if is_whole(path) else " (not whole)") for path in found)
         write(f"  {directory}: {names or 'none'}\n")
     write(f"  {EMBEDDED} is in {find_model_dir(EMBEDDED)}\n")

@@ -3,15 +3,15 @@
 import functools
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-# OpenBLAS reads the first of these, then Intel's, Apple's, and the last XLA, on which JAX runs.
+# OpenBLAS reads the first two; then Intel's, Apple's, and the last XLA, on which JAX runs.
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "NPROC")
 
-_limiting = Lock()  # the number of BLAS threads is the whole process's
+_limiting = Lock()
 
 
 def cores() -> int:
@@ -65,47 +65,32 @@ def set_threads(n: int) -> None:
     blas().limit(limits=n)
 
 
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Let the BLAS use one thread, for one caller at a time."""
-    with _limiting, _limited(1):
-        yield
-
-
 def decode_threads() -> int:
     """How many BLAS threads compute a token: one fewer than cores, so that a busy neighbour finds a core.
 
     A BLAS with as many threads as cores waits, in every product, for the thread that a neighbour has put off.
-    Whoever chose the number of threads, in the environment, gets that number.
+    Who has chosen a number, in the environment variables that OpenBLAS reads, gets that number.
     """
     n = blas_threads()
-    return n - 1 if n > 1 and n >= cores() and not _chosen() else n
+    chosen = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    return n - 1 if n > 1 and n >= cores() and not chosen else n
 
 
 @contextmanager
-def spare_core() -> Iterator[None]:
-    """Let the BLAS use `decode_threads`; for one caller at a time if that is not what it uses anyway."""
-    with ExitStack() as stack:
-        if not _chosen():
-            stack.enter_context(_limiting)
-            n = decode_threads()
-            if n < blas_threads():
-                stack.enter_context(_limited(n))
-            else:
-                stack.close()
-        yield
+def limited_to(n: int) -> Iterator[bool]:
+    """Let the BLAS use `n` threads, and say whether it does: not while somebody else has it limited.
 
-
-def _chosen() -> bool:
-    return any(name in os.environ for name in THREADS)
-
-
-@contextmanager
-def _limited(n: int) -> Iterator[None]:
+    The number is the whole process's. Nobody waits here: who holds the lock may be us, or a thread that a fork
+    has left behind.
+    """
+    if not _limiting.acquire(blocking=False):
+        yield False
+        return
     try:
         with blas().limit(limits=n):
-            yield
+            yield True
     finally:
         # threadpoolctl 3.8 obeys only the thread that set a limit first, unless that thread gives up the right.
         for library in blas().lib_controllers:
             getattr(library, "clear_controlling_thread", lambda: None)()
+        _limiting.release()

@@ -37,13 +37,15 @@ def model_dirs(models_dir: str | Path | None = None) -> list[Path]:
     That is `models_dir`; else the environment's PICOGPT_MODELS_DIR; else `models` in the working directory, if
     there is one, and the platform's cache directory of the user.
     """
-    given = models_dir if models_dir is not None else os.environ.get("PICOGPT_MODELS_DIR") or None
-    if given is not None:
-        return [Path(given).expanduser()]
+    given = models_dir or os.environ.get("PICOGPT_MODELS_DIR")
+    if given:
+        return [Path(os.path.expanduser(given))]  # noqa: PTH111 (Path's raises for nobody's ~)
     from platformdirs import user_cache_path
 
-    here = [Path("models")] if Path("models").is_dir() else []
-    return [*here, user_cache_path("picogpt", appauthor=False, opinion=False) / "models"]
+    places = [Path("models")] if Path("models").is_dir() else []
+    with suppress(RuntimeError):  # a user without a home
+        places.append(user_cache_path("picogpt", appauthor=False, opinion=False) / "models")
+    return places or [Path("models")]
 
 
 def find_model_dir(model_size: str, models_dir: str | Path | None = None) -> Path | None:
@@ -56,9 +58,9 @@ def find_model_dir(model_size: str, models_dir: str | Path | None = None) -> Pat
         package = Path(__file__).parent  # the model lies in the package when installed, beside it in a checkout
         candidates += [package / "models" / EMBEDDED, package.parent / "models" / EMBEDDED]
     if model_size:
-        candidates.append(Path(model_size).expanduser())
+        candidates.append(Path(os.path.expanduser(model_size)))  # noqa: PTH111
     for directory in candidates:
-        with suppress(OSError, ValueError, RuntimeError):  # too long a name, a zero byte in it, nobody's ~
+        with suppress(OSError, ValueError):  # too long a name, a zero byte in it
             if directory.is_dir() and (model_size not in OPENAI_SIZES or is_whole(directory)):
                 return directory
     if model_size in OPENAI_SIZES:

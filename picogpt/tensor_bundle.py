@@ -14,6 +14,7 @@ Another format that says where raw tensors lie (safetensors) gives its own `Entr
 import math
 import os
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -240,8 +241,8 @@ def _damaged(entries: Mapping[str, Entry], raw: Mapping[str, np.ndarray]) -> Ite
     """Yield the names of the tensors whose CRC is wrong; those that have none cannot be told."""
     from tqdm import tqdm  # 40 ms, and only who verifies needs it
 
-    total = sum(entry.size for entry in entries.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=None, leave=False) as bar:
+    total, no_bar = sum(entry.size for entry in entries.values()), None if sys.stderr else True
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=no_bar, leave=False) as bar:
         for name, entry in entries.items():
             if entry.crc32c is not None and masked_crc32c(raw[name]) != entry.crc32c:
                 yield name

@@ -16,8 +16,9 @@ from typing import NamedTuple
 from picogpt import PicogptError
 from picogpt.checkpoint import VOCABULARY_FILES, load_encoder, parameter_shapes, read_entries
 from picogpt.command import exit_status, write
+from picogpt.download import check_graph
 from picogpt.model_dirs import OPENAI_SIZES, OPENAI_URL, find_model_dir, model_dirs
-from picogpt.tensor_bundle import damaged_tensors
+from picogpt.tensor_bundle import Entry, damaged_tensors
 
 DIGESTS = {  # of OpenAI's vocabulary; tiktoken has them, too
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -39,7 +40,7 @@ def verify(directory: str | Path) -> Iterator[Finding]:
 
     What cannot be checked because something before it is wrong is left out.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()  # "." has no name
     try:
         hparams, entries = read_entries(directory)
     except PicogptError as error:
@@ -54,19 +55,33 @@ def verify(directory: str | Path) -> Iterator[Finding]:
         misnamed = directory.name in OPENAI_SIZES and directory.name != size
         yield Finding("names and shapes", not misnamed, said + f", in {directory.name}" * misnamed)
         try:
-            damaged = damaged_tensors(entries)
-            without = [name for name, entry in entries.items() if entry.crc32c is None]
-            said = (
-                "every CRC is right"
-                if not without
-                else "all there; safetensors files have no CRC to compare with"
-            )
-            if damaged:
-                said = f"CRC32C is wrong: {', '.join(damaged)}"
-            yield Finding("weights", not damaged, said)
+            yield _weights(entries)
         except PicogptError as error:
             yield Finding("weights", False, str(error))
+    graph = directory / "model.ckpt.meta"
+    if graph.exists():
+        try:
+            check_graph(graph.read_bytes())
+            yield Finding("graph", True, "model.ckpt.meta looks like TensorFlow's; it is not needed")
+        except (OSError, ValueError) as error:
+            yield Finding(
+                "graph", False, f"model.ckpt.meta is no graph of TensorFlow's ({error}); it is not needed"
+            )
     yield _vocabulary(directory, hparams or {"n_vocab": 50257})
+
+
+def _weights(entries: dict[str, Entry]) -> Finding:
+    if damaged := damaged_tensors(entries):
+        return Finding("weights", False, f"CRC32C is wrong: {', '.join(damaged)}")
+    if any(entry.crc32c is None for entry in entries.values()):
+        return Finding("weights", True, "all there; safetensors files have no CRC to compare with")
+    for shard in {entry.shard for entry in entries.values()}:
+        beyond = shard.stat().st_size - max(e.offset + e.size for e in entries.values() if e.shard == shard)
+        if beyond:
+            return Finding(
+                "weights", False, f"every CRC is right, but {shard.name} has {beyond} bytes after them"
+            )
+    return Finding("weights", True, "every CRC is right")
 
 
 def _vocabulary(directory: Path, hparams: dict[str, int]) -> Finding:
@@ -78,16 +93,13 @@ def _vocabulary(directory: Path, hparams: dict[str, int]) -> Finding:
     if not files:
         return Finding("vocabulary", True, "none there: GPT-2's own, from the package, is taken")
     said = f"{encoder.n_vocab:,} tokens in {' + '.join(files)}"
-    other = [
-        n
-        for n, digest in DIGESTS.items()
-        if n in files and sha256((directory / n).read_bytes()).hexdigest() != digest
-    ]
-    if hparams["n_vocab"] != 50257 or not DIGESTS.keys() & set(files):
+    if not DIGESTS.keys() <= set(files):  # what the encoder was read from
         return Finding("vocabulary", True, f"{said}; OpenAI's digests do not apply")
-    if other:
-        return Finding("vocabulary", False, f"{said}, but OpenAI's {' and '.join(other)} have another sha256")
-    return Finding("vocabulary", True, f"{said}, OpenAI's to the byte (sha256)")
+    other = [n for n, digest in DIGESTS.items() if sha256((directory / n).read_bytes()).hexdigest() != digest]
+    if not other:
+        return Finding("vocabulary", True, f"{said}, OpenAI's to the byte (sha256)")
+    said = f"{said}; OpenAI's {' and '.join(other)} have another sha256"
+    return Finding("vocabulary", hparams not in OPENAI_SIZES.values(), said)
 
 
 def files_of(size: str) -> dict[str, str]:

@@ -652,12 +652,16 @@ def write_command(rng: Random, directory: Path) -> None:
     if rng.random() < 0.5:
         last = prompt.encode()[-1]
         expected = bytes(range(last + 1, min(last + 1 + n, 256))).decode("utf-8", "replace") + "\n"
+    elif rng.random() < 0.5:
+        del argv[0]  # so that another --n_tokens_to_generate is not one too many
+    model = bool(expected) or rng.random() < 0.7
     for _ in range(0 if expected else rng.choice((1, 1, 2, 3))):
         flag, value = rng.choice(FLAGS), rng.choice(VALUES)
-        if flag == "num_samples" and value[:2] in ("0x", "10"):
-            continue  # so many samples would be no fault
+        if flag in ("num_samples", "n_tokens_to_generate") and value[:2] in ("0x", "10"):
+            continue  # so many samples, or tokens, would be no fault
         new = rng.choice(([f"--{flag}={value}"], [f"--{flag}", value], [f"--{flag}"], [value], ["--"], ["-"]))
-        argv[at:at] = new if (at := rng.randrange(len(argv) + 1)) is not None else []
+        at = rng.randrange(len(argv) + 1)
+        argv[at:at] = new
     stdin = (
         prompt.encode()
         if expected
@@ -666,13 +670,20 @@ def write_command(rng: Random, directory: Path) -> None:
     process = rng.random() < 0.01
     if process:
         argv = [word.replace("\0", "") for word in argv]
-    case = {"argv": argv, "stdin": stdin.decode("latin-1"), "expected": expected, "process": process}
+    case = {
+        "argv": argv,
+        "stdin": stdin.decode("latin-1"),
+        "expected": expected,
+        "process": process,
+        "model": model,
+    }
     directory.joinpath("case.json").write_text(json.dumps(case))
 
 
 def run_command(directory: Path) -> str:
     case = json.loads(directory.joinpath("case.json").read_text())
-    argv, stdin = ["--model_size", str(successor_model()), *case["argv"]], case["stdin"].encode("latin-1")
+    argv = ["--model_size", str(successor_model()), *case["argv"]] if case["model"] else case["argv"]
+    stdin = case["stdin"].encode("latin-1")
     if case["process"]:
         command = [os.fsencode(word) for word in (sys.executable, "-m", "picogpt", *argv)]
         done = subprocess.run(command, input=stdin, capture_output=True, cwd=Path(__file__).parents[1])

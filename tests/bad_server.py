@@ -126,6 +126,17 @@ class Reply:
         del self.headers["Content-Length"]
         self.headers["Transfer-Encoding"], self.chunks = "chunked", True
 
+    def endless(self) -> None:
+        """All that was asked for, without a Content-Length, and then more, and no end."""
+        self.chunked()
+        self.parts.append(bytes(1000))
+        self.then = "stall"
+
+    def without_range(self, share: float) -> None:
+        """Range ignored, no Content-Length, ended early: a proxy that does not like large files."""
+        self.range_ignored()
+        self.chunked(share)
+
 
 def cut(parts: list, start: int, stop: int) -> list:
     """The bytes of a body from `start` to `stop`."""
@@ -141,7 +152,9 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # else a small body waits 40 ms for the acknowledgement of its headers
 
     def do_GET(self) -> None:
-        reply = Reply(self.path, self.server.root / self.path.lstrip("/"), self.headers["Range"])
+        reply = Reply(
+            self.path, self.server.root / self.path.partition("?")[0].lstrip("/"), self.headers["Range"]
+        )
         if faults := self.server.faults.get(reply.file.name):
             name, *arguments = faults.pop(0)
             getattr(reply, name)(*arguments)

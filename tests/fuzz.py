@@ -24,6 +24,7 @@ from random import Random
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["PICOGPT_BASE_URL"] = "nowhere"  # nothing reaches the network
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # from wherever it is started
 
 import bad_input  # noqa: E402

@@ -4,6 +4,7 @@ The files served are those of a small model, written by TensorFlow; what is expe
 for byte, and that whatever happens on the way leaves a state from which the next run arrives there.
 """
 
+import json
 import os
 import re
 import shutil
@@ -20,12 +21,12 @@ import numpy as np
 import pytest
 from bad_server import AZURE_ERROR, HOTEL, serving, unused_port
 
-from models import random_params
-from picogpt import load_encoder_hparams_and_params, save_checkpoint
+from models import random_params, transformers_names
+from picogpt import PicogptError, load_encoder_hparams_and_params, save_checkpoint
 from picogpt import transfer as room
-from picogpt.download import DownloadError, download
+from picogpt.download import DownloadError, _index_entries, download
 from picogpt.model_dirs import OPENAI_SIZES
-from picogpt.tensor_bundle import read_bundle, read_index
+from picogpt.tensor_bundle import read_bundle, read_index, write_bundle
 
 HPARAMS = {"n_vocab": 50257, "n_ctx": 20000, "n_embd": 8, "n_head": 2, "n_layer": 2}
 DATA, INDEX, META = "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.meta"
@@ -73,6 +74,7 @@ def small_and_hasty(monkeypatch):
     monkeypatch.setattr(room, "PAUSES", (0, 0, 0))
     monkeypatch.setattr(room, "sleep", slept.append)
     monkeypatch.setattr(room, "TIMEOUTS", (2, 0.3))
+    monkeypatch.setattr(room, "CHUNK", 1 << 14)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     for name in ("PICOGPT_BASE_URL", "PICOGPT_MODELS_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -210,9 +212,9 @@ def test_errors_of_the_command_lines(served, tmp_path):
 
 @pytest.mark.parametrize("name", ["125M", "", "gpt2", "../124M", "124m"])
 def test_unknown_sizes(name, tmp_path):
-    with pytest.raises(DownloadError) as error:
+    with pytest.raises(PicogptError) as error:
         download(name, tmp_path / "models", base_url=f"http://127.0.0.1:{unused_port()}")
-    assert repr(name) in one_line(error) and "124M, 355M, 774M, 1558M" in str(error.value)
+    assert repr(name) in one_line(error) and "124M" in str(error.value)
     assert not (tmp_path / "models").exists()
 
 
@@ -341,7 +343,7 @@ REFUSED: dict[str, tuple[dict[str, list], str]] = {
     "Range wrong, always": ({DATA: [RESET, *[("range_shifted", 5000)] * ALWAYS]}, "part"),
     "flipped, always": ({DATA: [("flipped", 2_000_000)] * ALWAYS}, "damaged"),
     "flipped in the index, always": ({INDEX: [("flipped", 100)] * ALWAYS}, "CRC"),
-    "the index of another model": ({INDEX: [("status", 200, b"")] * ALWAYS}, INDEX),
+    "an empty index": ({INDEX: [("status", 200, b"")] * ALWAYS}, INDEX),
     "redirect loop": ({DATA: [("redirect",)] * ALWAYS}, "redirect"),
     "redirect to nowhere": ({DATA: [("redirect", "http://127.0.0.1:9/")] * ALWAYS}, "refused|timed out"),
 }
@@ -447,7 +449,7 @@ def test_mending_that_is_stopped(served, tmp_path):
     overwrite(tmp_path / "124M" / DATA, 2_000_000, b"\x07\x07")
     with serving(served, {DATA: [("status", 404)]}) as (url, _), pytest.raises(DownloadError):
         download("124M", tmp_path, base_url=url)
-    assert not {"checkpoint", DATA} & final_names(tmp_path)
+    assert "checkpoint" not in final_names(tmp_path)
     (request,) = check_next_run(served, tmp_path)
     assert request.range
 
@@ -490,6 +492,185 @@ def test_half_a_tensor_that_is_wrong(served, tmp_path):
     requests = check_next_run(served, tmp_path)
     starts = [f"bytes={wte.offset + wte.size // 2}-", f"bytes={wte.offset}-"]
     assert [request.range for request in requests] == starts
+
+
+# A directory in which somebody else's model is
+
+
+OTHER = {**HPARAMS, "n_layer": HPARAMS["n_layer"] + 1}
+
+
+def own_model(directory, kind):
+    """A model that is not OpenAI's, in a directory named 124M."""
+    params = random_params(**HPARAMS, dtype=np.float32, seed=7)
+    if kind == "another size":
+        save_checkpoint(directory, OTHER, random_params(**OTHER, dtype=np.float32, seed=7))
+    elif kind == "Hugging Face":
+        numpy_file = pytest.importorskip("safetensors.numpy")
+        directory.mkdir(parents=True)
+        numpy_file.save_file(transformers_names(params), directory / "model.safetensors")
+        sizes = {"vocab_size": HPARAMS["n_vocab"], "n_positions": HPARAMS["n_ctx"], "model_type": "gpt2"}
+        (directory / "config.json").write_text(json.dumps({**HPARAMS, **sizes}))
+    else:
+        save_checkpoint(directory, HPARAMS, params)
+    if kind == "another prefix":
+        (directory / "model.ckpt.index").rename(directory / "model-1000.index")
+        (directory / DATA).rename(directory / DATA.replace("model.ckpt", "model-1000"))
+        (directory / "checkpoint").write_text('model_checkpoint_path: "model-1000"\n')
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["fine-tuned", "another prefix", "another size", "Hugging Face"])
+def test_a_model_of_ones_own_that_is_right_is_left_alone(served, tmp_path, kind):
+    directory = tmp_path / "124M"
+    own_model(directory, kind)
+    before = contents(directory)
+    with serving(served) as (url, log):
+        assert download("124M", tmp_path, base_url=url) == directory
+    assert contents(directory) == before and not log
+
+
+@pytest.mark.parametrize(
+    "kind, wrong",
+    [
+        *[
+            (kind, wrong)
+            for kind in ("fine-tuned", "another size")
+            for wrong in ("checkpoint", "hparams.json", "data")
+        ],
+        # (Without `checkpoint` nothing says that weights of another prefix are a model: OpenAI's come beside.)
+        *[("another prefix", wrong) for wrong in ("hparams.json", "data")],
+    ],
+)
+def test_a_model_of_ones_own_that_is_wrong_is_not_replaced(served, tmp_path, kind, wrong):
+    directory = tmp_path / "124M"
+    own_model(directory, kind)
+    if wrong == "data":
+        (path,) = directory.glob("*.data-*")
+        overwrite(path, 100, b"?")
+    else:
+        (directory / wrong).unlink()
+    before = contents(directory)
+    for faults in {INDEX: [("status", 404)]}, {}:  # not even when nothing comes
+        with serving(served, faults) as (url, log), pytest.raises(DownloadError) as error:
+            download("124M", tmp_path, base_url=url)
+        assert contents(directory) == before and requests_for(DATA, log) == []
+    assert "files of another model" in one_line(error) and "model" in str(error.value)
+
+
+def test_who_has_the_weights_mapped_keeps_them(served, tmp_path):
+    check_next_run(served, tmp_path)
+    path = tmp_path / "124M" / DATA
+    overwrite(path, 2_000_000, b"\x07\x07")
+    mapped = np.memmap(path, np.uint8, "r")
+    second_name = path.with_name("second name")
+    second_name.hardlink_to(path)
+    before = path.read_bytes()
+    with serving(served) as (url, _):
+        download("124M", tmp_path, base_url=url)
+    assert bytes(mapped) == second_name.read_bytes() == before != path.read_bytes()
+
+
+def test_a_whole_model_needs_no_permission_to_write(served, tmp_path, monkeypatch):
+    check_next_run(served, tmp_path)
+
+    def forbidden(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    assert download("124M", tmp_path, base_url="http://nowhere") == tmp_path / "124M"
+
+
+def test_a_model_is_completed_where_it_is(served, tmp_path, monkeypatch):
+    """Though the working directory has got a folder `models` in the meantime."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: tmp_path / "cache")
+    with serving(served, {DATA: [("ends", "reset", 0.5)] * ALWAYS}) as (url, _), pytest.raises(DownloadError):
+        download("124M", base_url=url)
+    Path("models").mkdir()
+    with serving(served) as (url, log):
+        assert download("124M", base_url=url) == tmp_path / "cache" / "models" / "124M"
+        assert requests_for(DATA, log)[0].range
+        assert download("124M", base_url=url) == tmp_path / "cache" / "models" / "124M"
+        assert len(log) == 5
+    assert not any(Path("models").iterdir())
+
+
+# What a hostile server may send
+
+
+def test_an_index_of_another_model_or_of_what_does_not_fill_a_file(served, tmp_path):
+    entries = read_index(served / "124M" / "model.ckpt")
+    arrays = {name: np.zeros(entry.shape, np.float32) for name, entry in entries.items()}
+    more = {**arrays, "model/more": np.zeros(3, np.float32)}
+    less = {name: array for name, array in arrays.items() if "h1" not in name}
+    for number, tensors in enumerate((more, less)):
+        write_bundle(tmp_path / str(number), tensors)
+        body = (tmp_path / f"{number}.index").read_bytes()
+        with serving(served, {INDEX: [("status", 200, body)] * ALWAYS}) as (url, log):
+            with pytest.raises(DownloadError) as error:
+                download("124M", tmp_path, base_url=url)
+            assert requests_for(DATA, log) == []
+        assert re.search("unexpected: model/more|missing: model/h1", one_line(error))
+
+
+@pytest.mark.parametrize("field", ["offset", "dtype", "shard"])
+def test_an_index_that_does_not_fill_one_file(served, field):
+    entries = read_index(served / "124M" / "model.ckpt")
+    name, entry = next(iter(entries.items()))
+    wrong = {"offset": entry.offset + 4, "dtype": "float16", "shard": Path("elsewhere")}[field]
+    entries[name] = entry._replace(**{field: wrong})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("picogpt.download.parse_index", lambda *_: entries)
+        with pytest.raises(ValueError, match="do not fill"):
+            _index_entries(b"")
+
+
+def test_an_endless_body(served, tmp_path):
+    with serving(served, {DATA: [("endless",)]}) as (url, log):
+        download("124M", tmp_path, base_url=url)
+        assert len(requests_for(DATA, log)) == 1
+    check_arrived(served, tmp_path)
+
+
+def test_a_proxy_that_always_ends_early_and_ignores_ranges(served, tmp_path, small_and_hasty):
+    with serving(served, {DATA: [("without_range", 0.4)] * ALWAYS}) as (url, log):
+        with pytest.raises(DownloadError, match="ends early"):
+            download("124M", tmp_path, base_url=url)
+        assert len(requests_for(DATA, log)) == len(room.PAUSES) + 1 == len(small_and_hasty) + 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Location": "http://["},
+        {"Location": "/\xe9"},
+        {"Location": "http://a..b/"},
+        {"Location": f"http://{'a' * 70}.b/"},
+        {"Retry-After": "9" * 5000},
+        {"Retry-After": "soon"},
+    ],
+    ids=lambda headers: repr(headers)[:40],
+)
+def test_headers_that_make_no_sense(served, tmp_path, headers):
+    code = 302 if "Location" in headers else 503
+    faults = {INDEX: [("status", code, b"", headers)] * ALWAYS}
+    with serving(served, faults) as (url, log), pytest.raises(DownloadError) as error:
+        download("124M", tmp_path, base_url=url)
+    assert len(one_line(error)) < 1000 and len(log) < 50
+
+
+def test_what_is_secret_in_an_address_is_not_shown_and_what_follows_a_question_mark_is_kept(
+    served, tmp_path, capfd
+):
+    with serving(served, {DATA: [RESET]}) as (url, log):
+        download("124M", tmp_path, base_url=url.replace("//", "//joe:hunter2@") + "/?key=hidden")
+    assert [request.path.partition("?")[2] for request in log] == ["key=hidden"] * len(log)
+    err = capfd.readouterr().err
+    assert url in err and "hunter2" not in err and "hidden" not in err
 
 
 # Processes that are stopped, and two at once

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import astype, jax_params, random_ids, random_params, rounding_noise, transformers_model
+from models import LONG, astype, jax_params, random_ids, random_params, rounding_noise, transformers_model
 from picogpt import PicogptError, generation
 from picogpt.cache import KVCache, packed, with_attend
 from picogpt.checkpoint import load_encoder_hparams_and_params
@@ -279,6 +279,23 @@ def test_taps_see_jax_generate_as_they_see_numpy():
     on_jax, seen = seen, {}
     generate(PROMPT, with_taps(PARAMS, look), N_HEAD, 4)
     assert on_jax == seen
+
+
+def test_a_tap_may_generate_and_so_may_a_forked_process(monkeypatch):
+    """Neither waits for the lock that the token being computed holds."""
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    params = random_params(**LONG, dtype=np.float32)
+    prompt = random_ids(250, LONG["n_vocab"])
+    expected = generate(prompt, params, LONG["n_head"], 3)
+    seen = []
+
+    def tap(name, x):
+        if name == "ln_final.hook_scale":
+            seen.append(generate(prompt, params, LONG["n_head"], 3))
+        return x
+
+    assert generate(prompt, with_taps(params, tap), LONG["n_head"], 3) == expected
+    assert seen == [expected] * 3
 
 
 class TestThreads:

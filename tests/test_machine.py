@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -26,65 +25,57 @@ def as_it_was(monkeypatch):
     for name in machine.THREADS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machine, "cores", lambda: 4)
-    with machine._limited(4):
-        for library in machine.blas().lib_controllers:
-            getattr(library, "clear_controlling_thread", lambda: None)()
+    with threadpool_limits(4, user_api="blas"):
+        give_up_control()
         yield
+        give_up_control()
+
+
+def give_up_control():
+    for library in machine.blas().lib_controllers:
+        getattr(library, "clear_controlling_thread", lambda: None)()
 
 
 def test_a_core_is_spared_while_a_token_is_computed():
-    assert threads() == {4} and machine.blas_threads() == 4
-    with machine.spare_core():
-        assert threads() == {3}
-    assert threads() == {4}
+    assert threads() == {4} and machine.blas_threads() == 4 and machine.decode_threads() == 3
 
 
-@pytest.mark.parametrize("name", machine.THREADS)
+@pytest.mark.parametrize("name", ["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"])
 def test_whoever_chose_the_number_of_threads_gets_it(name, monkeypatch):
     monkeypatch.setenv(name, "4")
-    with machine.spare_core():
-        assert threads() == {4}
+    assert machine.decode_threads() == 4
+    monkeypatch.setenv(name, "")
+    assert machine.decode_threads() == 3
 
 
 @pytest.mark.parametrize("n, cores", [(3, 4), (1, 4), (1, 1)])
 def test_no_core_is_spared_where_there_is_one_to_spare_or_only_one(n, cores, monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: cores)
-    with threadpool_limits(n, user_api="blas"), machine.spare_core():
-        assert threads() == {n}
+    with threadpool_limits(n, user_api="blas"):
+        assert machine.decode_threads() == n
 
 
-def test_threads_are_given_back_after_an_error_and_lent_to_one_caller_at_a_time():
-    with pytest.raises(KeyError), machine.one_blas_thread():
+def test_threads_are_lent_to_one_caller_and_given_back():
+    with machine.limited_to(1) as first:
+        assert first and threads() == {1}
+        with machine.limited_to(3) as second:  # a tap that generates; a thread of a process that was forked
+            assert not second and threads() == {1}
+        assert threads() == {1}
+    assert threads() == {4}
+    with pytest.raises(KeyError), machine.limited_to(2):
         raise KeyError
     assert threads() == {4}
-    inside = []
-
-    def use(context):
-        for _ in range(200):
-            with context():
-                inside.append(context)
-                time.sleep(0)
-                together.append(len(inside))
-                inside.remove(context)
-
-    together = []
-    users = [threading.Thread(target=use, args=[c]) for c in (machine.spare_core, machine.one_blas_thread)]
-    for user in users:
-        user.start()
-    for user in users:
-        user.join()
-    assert together == [1] * 400 and threads() == {4}
 
 
 def test_limits_work_in_any_thread_after_another_has_had_its_own():
     seen = []
 
     def use():
-        with machine.spare_core():
+        with machine.limited_to(3):
             seen.append(threads())
 
     users = [threading.Thread(target=use) for _ in range(2)]
-    with machine.spare_core():
+    with machine.limited_to(2):
         pass
     for user in users:
         user.start()
@@ -95,9 +86,9 @@ def test_limits_work_in_any_thread_after_another_has_had_its_own():
 def test_set_threads_is_for_libraries_that_are_loaded_and_that_will_be(monkeypatch):
     machine.set_threads(2)
     assert threads() == {2}
-    assert {os.environ[name] for name in machine.THREADS} == {"2"}
-    with machine.spare_core():
-        assert threads() == {2}
+    names = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"}
+    assert {os.environ[name] for name in names} == {"2"} and names < set(machine.THREADS)
+    assert machine.decode_threads() == 2
     for name in machine.THREADS:
         monkeypatch.delenv(name)
 

@@ -301,7 +301,7 @@ def test_version(picogpt):
 def test_too_little_memory_is_said_beforehand(picogpt, monkeypatch):
     monkeypatch.setattr("picogpt.__main__.memory", lambda: (8 << 30, 200 << 20))
     assert "memory" not in picogpt("7")[2]  # a few kilobytes fit
-    monkeypatch.setattr("picogpt.__main__.MEMORY_BESIDE_BOTH", 4 << 30)
+    monkeypatch.setattr("picogpt.__main__.BESIDE_WEIGHTS_AND_CACHE", 4 << 30)
     status, out, err = picogpt("7")
     assert (status, out) == (0, "89\n")
     assert "needs 4.3 GB of memory, but 0.2 of this machine's 8.6 GB are free" in err

@@ -34,7 +34,15 @@ def test_models_dir_then_the_environment_then_models_then_the_cache(elsewhere, m
     assert model_dirs() == [Path("models"), cache]
     monkeypatch.setenv("PICOGPT_MODELS_DIR", "~/mine")
     assert model_dirs() == [elsewhere / "mine"]
-    assert model_dirs("given") == [Path("given")] and model_dirs("") == [Path()]
+    assert model_dirs("given") == [Path("given")] and model_dirs("~no such user") == [Path("~no such user")]
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    def no_home(*_, **__):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("platformdirs.user_cache_path", no_home)
+    assert model_dirs() == [Path("models")] and find_model_dir("shakespeare")
 
 
 def test_a_model_is_found_in_either_place(elsewhere):

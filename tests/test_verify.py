@@ -82,16 +82,35 @@ def test_a_size_that_is_not_the_one_of_the_directorys_name(model, capsys):
     assert status == 1 and "1,419,292,672 bytes" in out
 
 
-def test_gpt2s_vocabulary_is_compared_with_its_digest(model):
+def test_gpt2s_vocabulary_is_compared_with_its_digest(model, monkeypatch):
+    monkeypatch.setitem(OPENAI_SIZES, "mine", GPT2)
     path = model / "vocab.bpe"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # the same merges, other bytes
     assert "another sha256" in wrong(model)["vocabulary"] and "vocab.bpe" in wrong(model)["vocabulary"]
+    monkeypatch.delitem(OPENAI_SIZES, "mine")
+    assert wrong(model) == {}  # somebody's own vocabulary is no fault of somebody's own model
     path.write_bytes(path.read_bytes()[:1000])
     assert "is not two symbols" in wrong(model)["vocabulary"]
     path.unlink()
     assert "vocab.bpe" in wrong(model)["vocabulary"]
     (model / "encoder.json").unlink()
     assert wrong(model) == {}  # the package's is taken
+
+
+def test_what_is_not_read_is_checked_too(model):
+    with (model / DATA).open("ab") as file:
+        file.write(b"more")
+    assert "4 bytes after them" in wrong(model)["weights"]
+    (model / "model.ckpt.meta").write_bytes(b"<html></html>")
+    assert "no graph" in wrong(model)["graph"]
+    (model / "model.ckpt.meta").write_bytes(b"\x0a\x00\x12\x00")
+    assert "graph" not in wrong(model)
+
+
+def test_the_directory_one_is_in(model, monkeypatch):
+    model = model.rename(model.with_name("355M"))
+    monkeypatch.chdir(model)
+    assert "in 355M" in wrong(".")["names and shapes"]
 
 
 def test_the_embedded_model_by_name(capsys):
