@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The session that docs/terminal.svg shows, typed as a person would, in an environment with picogpt installed:
-#   asciinema rec --overwrite --cols 92 --rows 26 -c docs/terminal.sh session.cast
+#   asciinema rec --overwrite --cols 100 --rows 34 -c docs/terminal.sh session.cast
 #   npx svg-term-cli --in session.cast --out docs/terminal.svg --window --no-cursor
 run() {
     printf '\e[1;32m$\e[0m '

@@ -98,7 +98,7 @@ def _vocabulary(directory: Path, hparams: dict[str, int]) -> Finding:
     other = [n for n, digest in DIGESTS.items() if sha256((directory / n).read_bytes()).hexdigest() != digest]
     if not other:
         return Finding("vocabulary", True, f"{said}, OpenAI's to the byte (sha256)")
-    said = f"{said}; OpenAI's {' and '.join(other)} have another sha256"
+    said = f"{said}; not OpenAI's: another sha256 of {' and '.join(other)}"
     return Finding("vocabulary", hparams not in OPENAI_SIZES.values(), said)
 
 
