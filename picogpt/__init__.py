@@ -22,6 +22,10 @@ class PicogptError(Exception):
     """What a user can get wrong. The message is one line: the cause, then the cure."""
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name's room only when the name is asked for (PEP 562)."""
     if name not in _ROOM_OF:

@@ -137,6 +137,11 @@ def literal(name: str, given: list[str]) -> str:
     if name == "stop":
         return repr(given)
     if len(given) > 1 and name == "prompt":
+        for word in given:
+            if re.match("-[A-Za-z]", word):
+                raise UsageError(f"there is no flag {word}: --help lists them all")
+        if find_spec(f"picogpt.{given[0]}") if given[0].isidentifier() else None:
+            raise UsageError(f"{given[0]} is a program of its own: python -m picogpt.{' '.join(given)}")
         words = f"{given[0]!r}, {given[1]!r}{', ...' * (len(given) > 2)}"
         raise UsageError(
             f"the prompt is {len(given)} arguments ({words}): put one pair of quotes around all of it"
@@ -168,8 +173,6 @@ def run(
     check(stop, backend, threads)
     if threads is not None:
         set_threads(threads)
-    if sys.platform == "darwin":  # NumPy before 2.4 reports overflow in Accelerate's products of small numbers
-        warnings.filterwarnings("ignore", ".* encountered in matmul", RuntimeWarning)
     from picogpt.checkpoint import load_encoder_hparams_and_params
     from picogpt.generation import check_settings, streams
     from picogpt.model_dirs import EMBEDDED
@@ -192,7 +195,14 @@ def run(
     warn_of_memory(model, hparams, len(ids) + n_tokens_to_generate, num_samples)
     if num_samples > 1 and (temperature == 0 or (temperature is top_k is top_p is None)):
         say("greedy samples are all the same: for different ones set --temperature, 0.8 for example")
-    print_samples(samples, encoder, stop, model + EMBEDDED_NOTE * (model_size is None), backend)
+    warnings.simplefilter("error", RuntimeWarning)  # overflow: the arithmetic itself is sound
+    if sys.platform == "darwin":  # NumPy before 2.4 reports overflow in Accelerate's products of small numbers
+        warnings.filterwarnings("ignore", ".* encountered in matmul", RuntimeWarning)
+    try:
+        print_samples(samples, encoder, stop, model + EMBEDDED_NOTE * (model_size is None), backend)
+    except RuntimeWarning as warning:
+        cure = f"are the weights damaged? `python -m picogpt.verify {model}` tells"
+        raise UsageError(f"the numbers in this model grow too large ({warning}): {cure}") from None
 
 
 FLAGS = tuple(run.__kwdefaults__ or ())

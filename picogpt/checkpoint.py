@@ -7,6 +7,7 @@ names, shapes and dtypes checked against the hyper-parameters. The numbers stay 
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -280,10 +281,16 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
+def download_command(directory: Path) -> str:
+    """Return what to type to complete one of OpenAI's models."""
+    place = shlex.quote(str(directory.parent))
+    return f"python -m picogpt.download {directory.resolve().name} --models_dir {place}"
+
+
 def _cure(directory: Path) -> str:
     """Return what to do about a model that is not whole."""
     if directory.name in OPENAI_SIZES:
-        return f"`python -m picogpt.download {directory.name} --models_dir {directory.parent}` completes it"
+        return f"`{download_command(directory)}` completes it"
     return f"put a model into {directory}, in OpenAI's layout or Hugging Face's"
 
 

@@ -65,6 +65,9 @@ def download(model_size: str, models_dir: str | Path | None = None, *, base_url:
     except ValueError as error:
         raise DownloadError(f"{shown(base_url)} in PICOGPT_BASE_URL is no address: {error}") from error
     with _writing(directory), _alone(directory):
+        missing = [name for name in (*_checks(model_size), _DATA) if not (directory / name).exists()]
+        if any(directory.iterdir()) and missing and not (directory / _PART).exists():
+            say(f"{directory} is not whole, {', '.join(missing)} missing: completing it")
         if (directory / "checkpoint").exists() and not found and _is_right(directory):
             return directory  # somebody else has fetched it in the meantime
         no_bar = None if sys.stderr else True
@@ -204,6 +207,9 @@ def _writing(directory: Path) -> Iterator[None]:
         said = error if isinstance(error, CheckpointError) else f"cannot write to {directory}: {error.strerror}"
         full = getattr(error.__cause__ or error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise DownloadError(f"{said}: {_ROOM if full else _ELSEWHERE}") from error
+    finally:
+        with suppress(OSError):
+            directory.rmdir()  # if nothing has come
 
 
 @contextmanager

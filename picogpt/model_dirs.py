@@ -53,7 +53,14 @@ def find_model_dir(model_size: str, models_dir: str | Path | None = None) -> Pat
 
     None says that it is one of OPENAI_SIZES and not here, or not whole. Raises ModelDirError for other names.
     """
-    candidates = [directory / model_size for directory in model_dirs(models_dir)] if model_size else []
+    # "." and "../x" are paths, and never joined to a directory in which they would mean something else.
+    is_name = (
+        model_size
+        and model_size == Path(model_size).name
+        and model_size != ".."
+        and not model_size.startswith("~")
+    )
+    candidates = [directory / model_size for directory in model_dirs(models_dir)] if is_name else []
     if model_size == EMBEDDED:
         package = Path(__file__).parent  # the model lies in the package when installed, beside it in a checkout
         candidates += [package / "models" / EMBEDDED, package.parent / "models" / EMBEDDED]

@@ -107,8 +107,8 @@ def read_tensors(entries: Mapping[str, Entry], *, verify: bool = False) -> dict[
     raw = _raw(entries)
     for name in _damaged(entries, raw) if verify else ():
         raise CheckpointError(
-            f"{entries[name].shard}: the CRC32C of {name} is not the one in the index: the file is damaged, or "
-            "belongs to another index; fetch it again"
+            f"{entries[name].shard}: the CRC32C of {name} is wrong: the file is damaged, or belongs to another "
+            "index; fetch it again"
         )
     return {name: _as_float32(raw[name], entry) for name, entry in entries.items()}
 

@@ -27,7 +27,9 @@ TIMEOUTS = 10, 30  # seconds to connect, and to wait for the next bytes
 PAUSES = 1, 2, 4, 8, 16  # seconds before another attempt, as long as no attempt brings anything new
 LONGEST_PAUSE = 60  # seconds, when the server asks for one
 CHUNK = 1 << 18  # bytes at a time: more would be faster, and a broken connection would lose more
-MIRROR = "name a mirror in PICOGPT_BASE_URL, or place the files by hand (`python -m picogpt.verify` lists them)"
+MIRROR = (
+    "name a mirror in PICOGPT_BASE_URL, or place the files by hand (`python -m picogpt.verify 124M` lists them)"
+)
 CURE = f"check the network, {MIRROR}"
 
 T = TypeVar("T")
@@ -181,6 +183,8 @@ def get(session: requests.Session, url: str, start: int = 0) -> Iterator[request
             trust = "if this network has a certificate of its own, name its file in REQUESTS_CA_BUNDLE"
             raise DownloadError(f"{shown(url)}: {_reason(error)}: {trust}") from error
         raise Again(f"{shown(url)}: {_reason(error)}") from error
+    except (requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema) as error:
+        raise DownloadError(f"{shown(url)}: an address begins with http:// or https://: {MIRROR}") from error
     except requests.RequestException as error:
         raise DownloadError(f"{shown(url)}: {_reason(error)}: {CURE}") from error
     except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:

@@ -7,6 +7,7 @@ there only names, shapes and sizes can be checked.
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -14,16 +15,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from picogpt import PicogptError
-from picogpt.checkpoint import VOCABULARY_FILES, load_encoder, parameter_shapes, read_entries
+from picogpt.checkpoint import VOCABULARY_FILES, download_command, load_encoder, parameter_shapes, read_entries
 from picogpt.command import exit_status, write
 from picogpt.download import check_graph
 from picogpt.model_dirs import OPENAI_SIZES, OPENAI_URL, find_model_dir, model_dirs
 from picogpt.tensor_bundle import Entry, damaged_tensors
+from picogpt.transfer import below, shown
 
 DIGESTS = {  # of OpenAI's vocabulary; tiktoken has them, too
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+INDEX_OF_124M = "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687"  # sha256
 INDEX_BYTES = {"124M": 5_215, "355M": 10_399, "774M": 15_535, "1558M": 20_724}
 
 
@@ -72,7 +75,7 @@ def verify(directory: str | Path) -> Iterator[Finding]:
 
 def _weights(entries: dict[str, Entry]) -> Finding:
     if damaged := damaged_tensors(entries):
-        return Finding("weights", False, f"CRC32C is wrong: {', '.join(damaged)}")
+        return Finding("weights", False, f"the CRC32C of {', '.join(damaged)} is wrong")
     if any(entry.crc32c is None for entry in entries.values()):
         return Finding("weights", True, "all there; safetensors files have no CRC to compare with")
     for shard in {entry.shard for entry in entries.values()}:
@@ -81,7 +84,11 @@ def _weights(entries: dict[str, Entry]) -> Finding:
             return Finding(
                 "weights", False, f"every CRC is right, but {shard.name} has {beyond} bytes after them"
             )
-    return Finding("weights", True, "every CRC is right")
+    said = "every CRC is right"
+    index = next(iter(entries.values())).shard.with_name("model.ckpt.index")
+    if index.exists() and sha256(index.read_bytes()).hexdigest() == INDEX_OF_124M:
+        said += ", and the index that has them is OpenAI's (sha256)"
+    return Finding("weights", True, said)
 
 
 def _vocabulary(directory: Path, hparams: dict[str, int]) -> Finding:
@@ -103,17 +110,17 @@ def _vocabulary(directory: Path, hparams: dict[str, int]) -> Finding:
 
 
 def files_of(size: str) -> dict[str, str]:
-    """Return OpenAI's files of one of OPENAI_SIZES, each with its size."""
+    """Return OpenAI's files of one of OPENAI_SIZES, each with its size, and whether it may be left out."""
     hparams = OPENAI_SIZES[size]
     data = 4 * sum(map(math.prod, parameter_shapes(hparams).values()))
     return {
         "checkpoint": "77 bytes",
-        "encoder.json": "1,042,301 bytes",
+        "encoder.json": "1,042,301 bytes; may be left out: the package has it",
         "hparams.json": f"{len(json.dumps(hparams, indent=2)) + 1} bytes",
         "model.ckpt.data-00000-of-00001": f"{data:,} bytes",
         "model.ckpt.index": f"{INDEX_BYTES[size]:,} bytes",
-        "model.ckpt.meta": "0.5 to 2 MB; not read, may be left out",
-        "vocab.bpe": "456,318 bytes",
+        "model.ckpt.meta": "0.5 to 2 MB; may be left out: it is not read",
+        "vocab.bpe": "456,318 bytes; may be left out: the package has it",
     }
 
 
@@ -122,21 +129,23 @@ def report(model: str, models_dir: str | None = None) -> int:
     directory = find_model_dir(model, models_dir)
     if directory is None:
         directory = model_dirs(models_dir)[0] / model
-    write(f"{directory}\n")
     there = sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []
+    write(f"{directory}{'' if there else ': nothing is there yet'}\n")
     for path in there:
         write(f"  {path.name:<32}{path.stat().st_size:>15,} bytes\n")
-    findings = []
-    for finding in verify(directory):
+    right = bool(there)
+    for finding in verify(directory) if there else ():
         write(f"{'right' if finding.right else 'WRONG'}  {finding.part}: {finding.said}\n")
-        findings.append(finding)
-    if all(finding.right for finding in findings):
+        right = right and finding.right
+    if right:
         write("The model is right.\n")
         return 0
-    for size in [directory.name] if directory.name in OPENAI_SIZES else []:
-        write(f"`python -m picogpt.download {size}` gets these files from {OPENAI_URL}/{size}/\n")
+    size = directory.resolve().name
+    if size in OPENAI_SIZES:
+        url = shown(below(os.environ.get("PICOGPT_BASE_URL") or OPENAI_URL, size))
+        write(f"These files belong there, from {url}/ (`{download_command(directory)}` gets them):\n")
         for name, n_bytes in files_of(size).items():
-            write(f"  {name:<32}{n_bytes}\n")
+            write(f"  {name:<32}{n_bytes}{'' if (directory / name).exists() else ' (missing)'}\n")
     return 1
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +292,30 @@ def test_a_missing_model_is_one_line(picogpt, name, part):
     status, out, err = picogpt("x", f"--model_size={name}", "--models_dir", "nowhere", use_model=False)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert part in err.replace("\\", "/") or part in err
+
+
+def test_damaged_weights_are_said(picogpt, model, tmp_path):
+    shutil.copytree(model, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "model.ckpt.data-00000-of-00001"
+    weights = np.fromfile(path, np.float32)
+    weights[weights == 0] = 1e30
+    weights.tofile(path)
+    status, out, err = picogpt("7", f"--model_size={tmp_path / 'damaged'}", use_model=False)
+    assert (status, out.strip()) == (2, "")
+    assert "weights damaged? `python -m picogpt.verify" in err and "Warning" not in err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["Hi", "-n", "10"], "there is no flag -n"),
+        (["download", "124M"], "python -m picogpt.download 124M"),
+        (["one", "two"], "put one pair of quotes"),
+    ],
+)
+def test_what_people_try_first(picogpt, words, said):
+    status, out, err = picogpt(*words)
+    assert (status, out) == (2, "") and said in err
 
 
 def test_version(picogpt):

@@ -93,6 +93,19 @@ def test_a_name_that_is_nearly_right(name, cure):
     assert cure in str(error.value)
 
 
+def test_a_path_is_never_joined_to_another_directory(tmp_path, monkeypatch):
+    """`--model_size .` and `../x` are what they are in the working directory, whatever `models` holds."""
+    for place in ("models/here", "here", "lookalike"):
+        make(tmp_path / place / "x")
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_model_dir(".", tmp_path / "models") == Path()
+    assert find_model_dir("../lookalike", tmp_path / "models") == Path("../lookalike")
+    assert find_model_dir("..", tmp_path / "models") == Path("..")
+    assert find_model_dir("./x") == Path("x")
+    with pytest.raises(ModelDirError):
+        find_model_dir("here/x", tmp_path / "models")
+
+
 def test_the_embedded_model_and_paths(tmp_path, monkeypatch):
     checkout = tmp_path / "checkout"
     monkeypatch.setattr("picogpt.model_dirs.__file__", str(checkout / "picogpt" / "model_dirs.py"))

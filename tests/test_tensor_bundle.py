@@ -333,7 +333,7 @@ def test_flipped_bit_of_the_data(bundle):
     data[second.offset + 5] ^= 0x10
     data_of(bundle).write_bytes(data)
     assert "model/b" in read_bundle(bundle)
-    with pytest.raises(CheckpointError, match="the CRC32C of model/b is not the one in the index"):
+    with pytest.raises(CheckpointError, match="the CRC32C of model/b is wrong"):
         read_bundle(bundle, verify=True)
 
 
