@@ -299,10 +299,10 @@ def _current_prefix(directory: Path) -> str:
     path = directory / "checkpoint"
     with reading(path):
         text = read_small_file(path).decode()
-        match = re.search(r'^model_checkpoint_path: *"([^"]*)" *\r?$', text, re.MULTILINE)
-        name = re.split(r"[/\\:]", match[1])[-1] if match else ""
+        paths = re.findall(r'^model_checkpoint_path: *"([^"]*)" *\r?$', text, re.MULTILINE)
+        name = re.split(r"[/\\:]", paths[0])[-1] if len(paths) == 1 else ""
         if not name.isprintable() or not 0 < len(name) <= 200 or set(name) == {"."}:
-            raise ValueError("no model_checkpoint_path in it: not TensorFlow's file of that name")
+            raise ValueError("not one model_checkpoint_path in it: not TensorFlow's file of that name")
     return name
 
 

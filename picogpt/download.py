@@ -53,28 +53,34 @@ def download(model_size: str, models_dir: str | Path | None = None, *, base_url:
     directory = find_model_dir(model_size, models_dir)  # raises for a name that means nothing
     if model_size not in OPENAI_SIZES:
         raise DownloadError(f"{model_size!r} cannot be downloaded: {', '.join(OPENAI_SIZES)} can")
-    found = directory is not None
     if directory is not None and _is_right(directory):
         return directory
-    if directory is None:
-        places = [place / model_size for place in model_dirs(models_dir)]
-        directory = next((place for place in places if os.path.exists(place / _PART)), places[0])  # noqa: PTH110
-    base_url = base_url or os.environ.get("PICOGPT_BASE_URL") or OPENAI_URL
-    try:
-        url = below(base_url, model_size)
-    except ValueError as error:
-        raise DownloadError(f"{shown(base_url)} in PICOGPT_BASE_URL is no address: {error}") from error
-    with _writing(directory), _alone(directory):
-        missing = [name for name in (*_checks(model_size), _DATA) if not (directory / name).exists()]
-        if any(directory.iterdir()) and missing and not (directory / _PART).exists():
-            say(f"{directory} is not whole, {', '.join(missing)} missing: completing it")
-        if (directory / "checkpoint").exists() and not found and _is_right(directory):
-            return directory  # somebody else has fetched it in the meantime
+    place, url = directory or _place(model_size, models_dir), _address(base_url, model_size)
+    with _writing(place), _alone(place):
+        if directory is None and (place / "checkpoint").exists() and _is_right(place):
+            return place  # somebody else has fetched it in the meantime
+        missing = [name for name in (*_checks(model_size), _DATA) if not (place / name).exists()]
+        if missing and any(place.iterdir()) and not (place / _PART).exists():
+            say(f"{place} is not whole, {', '.join(missing)} missing: completing it")
         no_bar = None if sys.stderr else True
         bar = tqdm(desc=model_size, unit="B", unit_scale=True, dynamic_ncols=True, disable=no_bar)
         with requests.Session() as session, bar:
-            _fetch_all(session, url, directory, model_size, bar)
-    return directory
+            _fetch_all(session, url, place, model_size, bar)
+    return place
+
+
+def _place(model_size: str, models_dir: str | Path | None) -> Path:
+    """Where the model goes: where an earlier run has begun, else into the first of `model_dirs`."""
+    places = [parent / model_size for parent in model_dirs(models_dir)]
+    return next((place for place in places if os.path.exists(place / _PART)), places[0])  # noqa: PTH110
+
+
+def _address(base_url: str | None, model_size: str) -> str:
+    base_url = base_url or os.environ.get("PICOGPT_BASE_URL") or OPENAI_URL
+    try:
+        return below(base_url, model_size)
+    except ValueError as error:
+        raise DownloadError(f"{shown(base_url)} in PICOGPT_BASE_URL is no address: {error}") from error
 
 
 def _fetch_all(session: requests.Session, url: str, directory: Path, model_size: str, bar: tqdm) -> None:

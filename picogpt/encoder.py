@@ -297,7 +297,7 @@ def _read_pair(vocabulary: Path, merges: Path) -> tuple[dict[str, int], list[tup
     lines = _read(merges).rstrip().split("\n")
     added = vocabulary.with_name("added_tokens.json")  # Hugging Face's, for tokens that came after training
     special_tokens = _read(added) if added.exists() else {}
-    encoder = _read(vocabulary) | {to_symbols(text): i for text, i in special_tokens.items()}
+    encoder = _with_added(_read(vocabulary), special_tokens)
     return encoder, _pairs(lines[lines[0].startswith("#version") :]), special_tokens.keys()
 
 
@@ -312,9 +312,16 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, st
     special_tokens = {token["content"]: token["id"] for token in added}
     if any(token.get(name) for token in added for name in ("single_word", "lstrip", "rstrip")):
         raise EncoderError("an added token has single_word, lstrip or rstrip: GPT-2's take nothing beside them")
-    encoder = content["model"]["vocab"] | {to_symbols(text): i for text, i in special_tokens.items()}
+    encoder = _with_added(content["model"]["vocab"], special_tokens)
     lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     return encoder, _pairs(lines), special_tokens.keys()
+
+
+def _with_added(vocabulary: dict[str, int], added: dict[str, int]) -> dict[str, int]:
+    for text, i in added.items():
+        if vocabulary.get(text, i) != i:
+            raise EncoderError(f"{text!r} has the id {vocabulary[text]}, and as an added token {i}: keep one")
+    return vocabulary | {to_symbols(text): i for text, i in added.items()}
 
 
 def _pairs(lines: list[str]) -> list[tuple[str, str]]:

@@ -44,33 +44,36 @@ def verify(directory: str | Path) -> Iterator[Finding]:
     What cannot be checked because something before it is wrong is left out.
     """
     directory = Path(directory).resolve()  # "." has no name
+    hparams = {"n_vocab": 50257}
     try:
         hparams, entries = read_entries(directory)
+        yield _shapes(directory, hparams, entries)
     except PicogptError as error:
         yield Finding("names and shapes", False, str(error))
-        hparams = {}
-    if hparams:
-        size = next(
-            (name for name, known in OPENAI_SIZES.items() if known == hparams), "none of OpenAI's sizes"
-        )
-        n = sum(math.prod(entry.shape) for entry in entries.values())
-        said = f"{len(entries)} tensors, {n:,} parameters, as the hyper-parameters ask: {size}"
-        misnamed = directory.name in OPENAI_SIZES and directory.name != size
-        yield Finding("names and shapes", not misnamed, said + f", in {directory.name}" * misnamed)
+    else:
         try:
             yield _weights(entries)
         except PicogptError as error:
             yield Finding("weights", False, str(error))
-    graph = directory / "model.ckpt.meta"
-    if graph.exists():
-        try:
-            check_graph(graph.read_bytes())
-            yield Finding("graph", True, "model.ckpt.meta looks like TensorFlow's; it is not needed")
-        except (OSError, ValueError) as error:
-            yield Finding(
-                "graph", False, f"model.ckpt.meta is no graph of TensorFlow's ({error}); it is not needed"
-            )
-    yield _vocabulary(directory, hparams or {"n_vocab": 50257})
+    if (directory / "model.ckpt.meta").exists():
+        yield _graph(directory / "model.ckpt.meta")
+    yield _vocabulary(directory, hparams)
+
+
+def _shapes(directory: Path, hparams: dict[str, int], entries: dict[str, Entry]) -> Finding:
+    size = next((name for name, known in OPENAI_SIZES.items() if known == hparams), "none of OpenAI's sizes")
+    n = sum(math.prod(entry.shape) for entry in entries.values())
+    said = f"{len(entries)} tensors, {n:,} parameters, as the hyper-parameters ask: {size}"
+    misnamed = directory.name in OPENAI_SIZES and directory.name != size
+    return Finding("names and shapes", not misnamed, said + f", in {directory.name}" * misnamed)
+
+
+def _graph(path: Path) -> Finding:
+    try:
+        check_graph(path.read_bytes())
+    except (OSError, ValueError) as error:
+        return Finding("graph", False, f"{path.name} is none of TensorFlow's ({error}); it is not needed")
+    return Finding("graph", True, f"{path.name} looks like TensorFlow's; it is not needed")
 
 
 def _weights(entries: dict[str, Entry]) -> Finding:

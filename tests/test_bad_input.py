@@ -34,9 +34,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import picogpt
-from picogpt import PicogptError, tensor_bundle
+from models import SMALL, random_params
+from picogpt import PicogptError, save_checkpoint, tensor_bundle
 from picogpt.checkpoint import load_hparams_and_params
-from picogpt.encoder import Encoder, get_encoder
+from picogpt.encoder import Encoder, EncoderError, get_encoder
 from picogpt.hugging_face import read_safetensors_header
 from picogpt.tensor_bundle import CheckpointError, read_index
 
@@ -271,3 +272,24 @@ def test_the_package_has_nothing_that_could_load_one():
                 allowed = [word.value for word in node.keywords if word.arg == "allow_pickle"]
                 assert not any(ast.literal_eval(value) for value in allowed), (path, node.lineno)
     assert "pickle" not in sys.modules.get("picogpt.checkpoint").__dict__
+
+
+def test_an_added_token_that_has_another_id_in_the_vocabulary(tmp_path):
+    """Whose id counts is up to who reads it: tokenizers takes the vocabulary's."""
+    (tmp_path / "encoder.json").write_text(json.dumps(TOKENS | {"<pad>": len(TOKENS)}))
+    (tmp_path / "vocab.bpe").write_text("\n".join(MERGES))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": len(TOKENS) + 1}))
+    with pytest.raises(EncoderError, match=rf"'<pad>' has the id {len(TOKENS)}, and as an added token"):
+        get_encoder(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": len(TOKENS)}))
+    assert get_encoder(tmp_path).special_tokens["<pad>"] == len(TOKENS)
+
+
+def test_a_checkpoint_that_names_two_prefixes(tmp_path):
+    save_checkpoint(tmp_path, SMALL, random_params(**SMALL, dtype=np.float32))
+    line = 'model_checkpoint_path: "model.ckpt"\n'
+    (tmp_path / "checkpoint").write_text(line)
+    load_hparams_and_params(tmp_path)
+    (tmp_path / "checkpoint").write_text(line + 'model_checkpoint_path: "second.ckpt"\n')
+    with pytest.raises(PicogptError, match="not one model_checkpoint_path"):
+        load_hparams_and_params(tmp_path)
