@@ -320,7 +320,9 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, st
 def _with_added(vocabulary: dict[str, int], added: dict[str, int]) -> dict[str, int]:
     for text, i in added.items():
         if vocabulary.get(text, i) != i:
-            raise EncoderError(f"{text!r} has the id {vocabulary[text]}, and as an added token {i}: keep one")
+            raise EncoderError(
+                f"{text!r} has the id {vocabulary[text]!r:.40}, and as an added token {i!r:.40}: keep one"
+            )
     return vocabulary | {to_symbols(text): i for text, i in added.items()}
 
 

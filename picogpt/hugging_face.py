@@ -51,8 +51,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], bool]:
         value = config.get(key, accepted[0])
         if value not in accepted:
             raise CheckpointError(
-                f"{path}: {key} is {value!r:.60}, GPT-2's is {accepted[0]!r}: this model computes something "
-                "else and would run wrongly; choose one with GPT-2's mathematics"
+                f"{path}: {key} is {value!r:.60}, GPT-2's is {accepted[0]!r:.60}: this model computes "
+                "something else and would run wrongly; choose one with GPT-2's mathematics"
             )
     if missing := [name for name in _SIZES.values() if not isinstance(config.get(name), int)]:
         raise CheckpointError(f"{path} does not say the {', '.join(missing)} of a GPT-2")

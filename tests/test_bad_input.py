@@ -293,3 +293,15 @@ def test_a_checkpoint_that_names_two_prefixes(tmp_path):
     (tmp_path / "checkpoint").write_text(line + 'model_checkpoint_path: "second.ckpt"\n')
     with pytest.raises(PicogptError, match="not one model_checkpoint_path"):
         load_hparams_and_params(tmp_path)
+
+
+def test_what_a_message_quotes_is_short_and_printable(tmp_path):
+    """Two that the fuzzer found: an id that is not a number, and a value that another one contradicts."""
+    (tmp_path / "encoder.json").write_text(json.dumps(TOKENS | {"<pad>": len(TOKENS)}))
+    (tmp_path / "vocab.bpe").write_text("\n".join(MERGES))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": "a\0b" + "c" * 9000}))
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2, "n_head": ' + "[" * 900 + "]" * 900 + "}")
+    for read in get_encoder, load_hparams_and_params:
+        with pytest.raises(PicogptError) as error:
+            read(tmp_path)
+        assert str(error.value).isprintable() and len(str(error.value)) < 500
