@@ -319,7 +319,7 @@ def message_fields(message: bytes) -> _Fields:
         elif wire in (1, _BYTES, _FIXED32):
             size, at = varint(message, at) if wire == _BYTES else ({1: 8, _FIXED32: 4}[wire], at)
             value, at = message[at : at + size], at + size
-        if wire not in (_VARINT, 1, _BYTES, _FIXED32) or at > len(message):
+        if wire not in (_VARINT, 1, _BYTES, _FIXED32) or at > len(message) or tag < 8:  # no field is number 0
             raise ValueError("damaged: a protocol buffer in it does not parse")
         fields.setdefault((tag >> 3, wire), []).append(value)
     return fields

@@ -254,6 +254,7 @@ DAMAGED = {
     "long field": ([(b"", HEADER), (b"a", b"\x12" + NINES)], "does not parse"),
     "wire": ([(b"", HEADER), (b"a", b"\x0b")], "does not parse"),
     "fixed": ([(b"", HEADER), (b"a", b"\x35\x00")], "does not parse"),
+    "field 0": ([(b"", HEADER), (b"a", b"\x00\x00")], "does not parse"),
 }
 
 
