@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -31,11 +30,10 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from statistics import median
-from subprocess import DEVNULL, PIPE
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
-from speed import PROMPT, ROOT, SETTLE, TORCH_START, Timed, environment, load_picogpt, load_torch, processor
+from speed import PROMPT, ROOT, TORCH_START, Timed, environment, load_picogpt, load_torch, processor, run
 
 THREADS = 2
 SIZES = ["--n_tokens_to_generate", "1", "--model_size", "124M", "--models_dir", "."]
@@ -89,7 +87,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the 1.5 GB go then, too
     with tempfile.TemporaryDirectory(prefix="picogpt-peers-") as models:
         os.chdir(models)
-        run(worker(homes[-1]))
+        run(worker(homes[-1]), wishes())
         return compare([home for home in homes[:-1] if home not in missing], options.rounds)
 
 
@@ -99,25 +97,9 @@ def worker(home: Path) -> list[str]:
     return [str(home / "bin" / "python"), __file__, *options]
 
 
-def run(command: list[str]) -> tuple[float, float, str]:
-    """Run a process at THREADS: seconds to its first byte, peak memory in MB, what it wrote."""
-    wishes = {n: v for n, v in environment(THREADS).items() if not re.match("OPENBLAS_(?!NUM_THREADS)", n)}
-    sleep(SETTLE)
-    with tempfile.TemporaryFile() as errors:
-        start = perf_counter()
-        pipes: Any = {"stdin": DEVNULL, "stdout": PIPE, "stderr": errors, "bufsize": 0}
-        with subprocess.Popen(command, env=wishes, **pipes) as child:
-            assert child.stdout is not None
-            first = child.stdout.read(1)
-            seconds = perf_counter() - start
-            text = first + child.stdout.read()
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode or not text:
-            errors.seek(0)
-            raise SystemExit(f"{command[0]} has failed: {errors.read().decode()}")
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return seconds, peak / 1e6, text.decode(errors="replace").strip()
+def wishes() -> dict[str, str]:
+    """The environment that all have: THREADS, and no other wish of a BLAS."""
+    return {n: v for n, v in environment(THREADS).items() if not re.match("OPENBLAS_(?!NUM_THREADS)", n)}
 
 
 def write_models() -> int:
@@ -240,8 +222,8 @@ def compare(homes: list[Path], rounds: int) -> int:
         for name, home in zip(names, homes, strict=True):
             print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
             start = [text.format(home=home) for text in STARTS[name]]
-            seconds, peak, text = run([str(home / "bin" / "python"), *start])
-            kernels[name], answers = json.loads(run(worker(home))[2])
+            seconds, peak, text = run([str(home / "bin" / "python"), *start], wishes())
+            kernels[name], answers = json.loads(run(worker(home), wishes())[2])
             measured[PEAK, name][""].append(peak)
             for what, way, ids, figure in [*answers, (START, "", [text], seconds)]:
                 measured[what, name][way].append(figure)
@@ -249,7 +231,7 @@ def compare(homes: list[Path], rounds: int) -> int:
                     differing.add(f"{name}, {what}")
     print(f"\n{processor()}, {os.cpu_count()} cores, load {load:.1f} at the start; {rounds} rounds.\n")
     rows = {"": names, "---": ["---" for _ in names]}
-    installs = [run([str(home / "bin" / "python"), "-c", INSTALLED])[2] for home in homes]
+    installs = [run([str(home / "bin" / "python"), "-c", INSTALLED], wishes())[2] for home in homes]
     rows[PACKAGES], rows[DISK] = map(list, zip(*map(str.split, installs), strict=True))
     for what in [START, PEAK, *CASES]:
         rows[what] = [cell(measured[what, name], what in CASES) for name in names]

@@ -238,11 +238,14 @@ class Worker:
 
 
 def first_token(entrant: str, model_dir: Path, threads: int) -> tuple[float, float, str]:
-    """Let a new process continue PROMPT by one token: seconds to its first byte, peak memory in MB, text."""
+    """Let a new process continue PROMPT by one token: what `run` returns."""
     ours = ["-m", "picogpt", PROMPT, "--model_size", str(model_dir), "--n_tokens_to_generate", "1"]
     theirs = ["-c", TORCH_START, str(model_dir), PROMPT, str(threads)]
-    command = [sys.executable, *{"picogpt": ours, "torch": theirs}[entrant]]
-    env = environment(threads)
+    return run([sys.executable, *{"picogpt": ours, "torch": theirs}[entrant]], environment(threads))
+
+
+def run(command: list[str], env: dict[str, str]) -> tuple[float, float, str]:
+    """Run a new process: seconds to its first byte, peak memory in MB, what it wrote."""
     sleep(SETTLE)
     with tempfile.TemporaryFile() as errors:
         start = perf_counter()
@@ -256,7 +259,7 @@ def first_token(entrant: str, model_dir: Path, threads: int) -> tuple[float, flo
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode or not text:
             errors.seek(0)
-            raise SystemExit(f"{entrant} wrote no first token: {errors.read().decode()}")
+            raise SystemExit(f"{command[0]} has failed: {errors.read().decode()}")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return seconds, peak / 1e6, text.decode(errors="replace").strip()
 

@@ -1,7 +1,7 @@
 """The command line: `python -m picogpt "prompt"`, or `picogpt "prompt"`.
 
 Nothing heavy is imported before it is needed, since the first token is waited for: NumPy only after --threads
-has been seen (a BLAS counts its threads when it is loaded), threadpoolctl after the last token.
+has been seen (a BLAS counts its threads when it is loaded).
 """
 
 import math
@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from picogpt import __version__
-from picogpt.command import UsageError, exit_status, leave, read, say, write
+from picogpt.command import UsageError, exit_status, read, say, write
 from picogpt.machine import blas, decode_threads, memory, set_threads
 
 HELP = """\
@@ -58,9 +58,7 @@ right?); python -m picogpt.info (which models, which BLAS). And python -m picogp
 
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # so "--help me" is none: it has a space
 TEXT_FLAGS = {"prompt", "model_size", "models_dir", "stop", "context", "backend"}
-BESIDE_WEIGHTS_AND_CACHE = (
-    150_000_000  # bytes, beside weights and cache: Python, NumPy, the vocabulary, a token's own
-)
+BESIDE_WEIGHTS_AND_CACHE = 150_000_000  # bytes: Python, NumPy, the vocabulary, a token's own
 EMBEDDED_NOTE = " (the embedded model; GPT-2 itself: --model_size 124M)"
 
 
@@ -70,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Takes over Ctrl-C and the encoding of standard output. Until there is text, Ctrl-C ends the process on the
     spot: an exception would get lost, or turned into another, in one of the modules being imported.
     """
-    signal.signal(signal.SIGINT, leave)
     if argv is None:  # UTF-8, also where the locale made Python read something else
         argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in sys.argv[1:]]
     words = argv

@@ -152,7 +152,7 @@ def save_checkpoint(directory: str | Path, hparams: Mapping[str, int], params: M
         # Left in reverse order: `checkpoint` is replaced last.
         with new_file(directory / "checkpoint") as pointer, new_file(path) as file:
             file.write(text)
-            pointer.write(_pointer_to(_PREFIX))
+            pointer.write(pointer_to(_PREFIX))
             if not path.exists() or path.read_bytes() != text:  # they must not meet the old weights
                 (directory / "checkpoint").unlink(missing_ok=True)
         for second_name in directory.glob(f"{_PREVIOUS}.*"):
@@ -306,7 +306,8 @@ def _current_prefix(directory: Path) -> str:
     return name
 
 
-def _pointer_to(prefix: str) -> bytes:
+def pointer_to(prefix: str) -> bytes:
+    """Return the file `checkpoint`, which names the others, as TensorFlow writes it."""
     return f'model_checkpoint_path: "{prefix}"\nall_model_checkpoint_paths: "{prefix}"\n'.encode()
 
 
@@ -320,4 +321,4 @@ def _set_aside(directory: Path) -> None:
         except OSError:  # a file system without links
             shutil.copyfile(path, link)
     with new_file(directory / "checkpoint") as pointer:
-        pointer.write(_pointer_to(_PREVIOUS))
+        pointer.write(pointer_to(_PREVIOUS))

@@ -19,7 +19,7 @@ import requests
 from tqdm import tqdm
 
 from picogpt import PicogptError
-from picogpt.checkpoint import openai_entries, read_entries
+from picogpt.checkpoint import openai_entries, pointer_to, read_entries
 from picogpt.command import exit_status, say, write
 from picogpt.hugging_face import parse_object
 from picogpt.model_dirs import OPENAI_SIZES, OPENAI_URL, find_model_dir, model_dirs
@@ -55,7 +55,7 @@ def download(model_size: str, models_dir: str | Path | None = None, *, base_url:
         raise DownloadError(f"{model_size!r} cannot be downloaded: {', '.join(OPENAI_SIZES)} can")
     if directory is not None and _is_right(directory):
         return directory
-    place, url = directory or _place(model_size, models_dir), _address(base_url, model_size)
+    place, url = directory or _place(model_size, models_dir), address(base_url, model_size)
     with _writing(place), _alone(place):
         if directory is None and (place / "checkpoint").exists() and _is_right(place):
             return place  # somebody else has fetched it in the meantime
@@ -75,7 +75,8 @@ def _place(model_size: str, models_dir: str | Path | None) -> Path:
     return next((place for place in places if os.path.exists(place / _PART)), places[0])  # noqa: PTH110
 
 
-def _address(base_url: str | None, model_size: str) -> str:
+def address(base_url: str | None, model_size: str) -> str:
+    """Return the URL below which a model's files are: see `download`."""
     base_url = base_url or os.environ.get("PICOGPT_BASE_URL") or OPENAI_URL
     try:
         return below(base_url, model_size)
@@ -185,8 +186,7 @@ def check_graph(content: bytes) -> None:
 
 
 def _check_pointer(content: bytes) -> None:
-    names = f'model_checkpoint_path: "{_PREFIX}" all_model_checkpoint_paths: "{_PREFIX}"'
-    if content.decode().split() != names.split():
+    if content.split() != pointer_to(_PREFIX).split():
         raise ValueError(f"it does not name {_PREFIX}")
 
 

@@ -7,7 +7,6 @@ there only names, shapes and sizes can be checked.
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -17,10 +16,10 @@ from typing import NamedTuple
 from picogpt import PicogptError
 from picogpt.checkpoint import VOCABULARY_FILES, download_command, load_encoder, parameter_shapes, read_entries
 from picogpt.command import exit_status, write
-from picogpt.download import check_graph
-from picogpt.model_dirs import OPENAI_SIZES, OPENAI_URL, find_model_dir, model_dirs
+from picogpt.download import address, check_graph
+from picogpt.model_dirs import OPENAI_SIZES, find_model_dir, model_dirs
 from picogpt.tensor_bundle import Entry, damaged_tensors
-from picogpt.transfer import below, shown
+from picogpt.transfer import shown
 
 DIGESTS = {  # of OpenAI's vocabulary; tiktoken has them, too
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -145,7 +144,7 @@ def report(model: str, models_dir: str | None = None) -> int:
         return 0
     size = directory.resolve().name
     if size in OPENAI_SIZES:
-        url = shown(below(os.environ.get("PICOGPT_BASE_URL") or OPENAI_URL, size))
+        url = shown(address(None, size))
         write(f"These files belong there, from {url}/ (`{download_command(directory)}` gets them):\n")
         for name, n_bytes in files_of(size).items():
             write(f"  {name:<32}{n_bytes}{'' if (directory / name).exists() else ' (missing)'}\n")
