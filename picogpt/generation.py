@@ -166,7 +166,7 @@ def streams(
     n, n_vocab, n_ctx = int(n_tokens_to_generate), len(params["wte"]), len(params["wpe"])
     samplers = [make_sampler(**how, seed=None if seed is None else seed + i) for i in range(num_samples)]
     stops = frozenset(stop_ids)
-    ids = _fit(_check_ids(inputs, n_vocab), n, n_ctx, context)
+    ids = _fit(check_ids(inputs, n_vocab), n, n_ctx, context)
     make_decoder = Decoder if params["wte"].__array_namespace__() is np else JAXDecoder
     capacity = min(len(ids) + n, n_ctx)
 
@@ -213,7 +213,7 @@ def check_settings(n_tokens_to_generate: int, num_samples: int, *, context: str,
     make_sampler(**how_to_choose)
 
 
-def _check_ids(inputs: Sequence[int], n_vocab: int) -> list[int]:
+def check_ids(inputs: Sequence[int], n_vocab: int) -> list[int]:
     try:
         ids = np.asarray(inputs)
     except ValueError:

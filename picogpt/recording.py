@@ -1,0 +1,199 @@
+"""A recorded run that others check against: the tensors, and a manifest that says what they are and how exact.
+
+    DIR/trace.safetensors   the tensors in float64, under the names of names.py; not in size "smoke"
+    DIR/manifest.json       the text, the model, how it was made; of each tensor its shape, statistics and bands
+
+"full" holds every row of every tensor, "tiny" the last position and three before it (`positions`); "smoke" is a
+manifest alone, some 20 kB for 124M, of what every port has at hand (SMOKE).
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from picogpt import PicogptError, __version__
+from picogpt.hugging_face import parse_object
+from picogpt.machine import blas, cores
+from picogpt.noise import noise_bands, projection, total
+from picogpt.tensor_bundle import CheckpointError, new_file, reading
+from picogpt.tensor_files import TensorFileError, read_tensors_file, write_safetensors
+from picogpt.trace import run_with_trace, tree_map, with_outs
+
+FORMAT = "picogpt trace 1"
+SIZES = ("full", "tiny", "smoke")
+SMOKE = (
+    *("embed", "blocks.0.hook_resid_pre", "ln1.hook_out", "hook_q", "hook_k", "hook_v", "hook_z", "resid_mid"),
+    *("hook_post", "resid_post", "ln_final.hook_out", "logits"),
+)
+
+
+class RecordingError(PicogptError):
+    """A directory that holds no recording, or a damaged one."""
+
+
+@dataclass
+class Recording:
+    """A manifest and its tensors, name -> float64 array with the rows `manifest["positions"]`."""
+
+    manifest: dict[str, Any]
+    tensors: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the files, the manifest last. Raises RecordingError where that is not possible."""
+        directory = Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "manifest.json").unlink(missing_ok=True)
+            (directory / "trace.safetensors").unlink(missing_ok=True)
+            if self.tensors:
+                write_safetensors(directory / "trace.safetensors", self.tensors, {"format": FORMAT})
+            with new_file(directory / "manifest.json") as file:
+                file.write(_as_json(self.manifest).encode())
+        except (OSError, CheckpointError) as error:
+            raise RecordingError(f"cannot write {directory}: {error}: give -o another directory") from error
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Recording":
+        """Read what `save` has written. Raises RecordingError for what is missing or damaged."""
+        path = Path(directory) / "manifest.json"
+        try:
+            with reading(path):
+                manifest = parse_object(path.read_bytes())
+                _check(manifest)
+            smoke = manifest.get("size") == "smoke"
+            tensors = {} if smoke else read_tensors_file(Path(directory) / "trace.safetensors")
+        except (CheckpointError, TensorFileError) as error:
+            raise RecordingError(str(error)) from error
+        for name, says in manifest["tensors"].items() if tensors else ():
+            if name not in tensors or _digest(tensors[name]) != says.get("sha256"):
+                raise RecordingError(f"{directory}: {name} is not what the manifest says: record it again")
+        return cls(manifest, tensors)
+
+
+def record(
+    ids: Sequence[int],
+    params: Mapping[str, Any],
+    n_head: int,
+    *,
+    size: str = "full",
+    name: str | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Recording:
+    """Run the model over the ids in float64, and in float32 in every arrangement, for the bands.
+
+    ids     token ids, at least one and at most n_ctx
+    params  the tree of parameters, float32
+    size    one of SIZES
+    name    of the model, as `--model_size` takes it
+    about   what else the manifest shall say: the text, the bytes of its tokens
+
+    Takes memory for the parameters in float64, and for seven traces in float32 beside the one in float64.
+    """
+    exact = tree_map(lambda w: np.asarray(w, np.float64), params)
+    _, trace = run_with_trace(ids, exact, n_head)
+    truth = with_outs(trace, exact)
+    bands = noise_bands(ids, params, n_head, truth)
+    positions = rows_of(size, len(ids))
+    tensors = {} if size == "smoke" else {hook: value[..., positions, :] for hook, value in truth.items()}
+    n_vocab, n_embd = params["wte"].shape
+    hparams = {"n_vocab": n_vocab, "n_ctx": len(params["wpe"]), "n_embd": n_embd, "n_head": n_head}
+    hparams["n_layer"] = len(params["blocks"])
+    model = {"name": name, "hparams": hparams, "sha256": weights_digest(params)}
+    manifest = {"format": FORMAT, "size": size, **(about or {}), "ids": list(map(int, ids)), "model": model}
+    manifest |= {"dtype": "float64", "made_by": made_by(), "positions": positions}
+    manifest["tensors"] = {
+        hook: describe(hook, value, {kind: band[hook] for kind, band in bands.items()}, size, tensors.get(hook))
+        for hook, value in truth.items()
+        if size != "smoke" or hook.endswith(SMOKE)
+    }
+    return Recording(manifest, tensors)
+
+
+def rows_of(size: str, n_seq: int) -> list[int]:
+    """Return which rows the tensors of a size hold: all, or four of them with the last, or none."""
+    if size == "tiny":
+        return sorted({0, (n_seq - 1) // 3, 2 * (n_seq - 1) // 3, n_seq - 1})
+    return list(range(n_seq)) if size == "full" else []
+
+
+def describe(name: str, value, bands: Mapping[str, float], size: str, stored) -> dict[str, Any]:
+    """Return what the manifest says of one tensor. Statistics are of the whole, without its masked cells.
+
+    In size "smoke" numbers have the digits that float32 has, so that the file stays small. The band of a run in
+    float16 that overflowed is null: JSON has no infinity.
+    """
+    masked = name.endswith(("attn_scores", "pattern"))
+    seen = (value[:, np.tri(*value.shape[-2:]) > 0] if masked else value).ravel()
+    says = {"shape": list(value.shape), "sum": total(value), "projection": projection(value)}
+    says["first"] = [float(f"{x:.8g}") for x in seen[:3]]
+    if size == "smoke":
+        says |= {key: float(f"{says[key]:.8g}") for key in ("sum", "projection")}
+    else:
+        says |= {
+            "mean": seen.mean(),
+            "std": seen.std(),
+            "largest": np.abs(seen).max(),
+            "sha256": _digest(stored),
+        }
+    kinds = bands if size != "smoke" else ("float32", "sum", "projection")
+    says["band"] = {kind: float(f"{bands[kind]:.2e}") if np.isfinite(bands[kind]) else None for kind in kinds}
+    return says
+
+
+def weights_digest(params: Mapping[str, Any]) -> str:
+    """Return the sha256 of the weights: each name, then its float32 numbers, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, array in sorted(_leaves(params, "")):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array, "<f4").view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _leaves(branch: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Every array of the tree with its path, such as blocks.3.attn.c_attn.w."""
+    if isinstance(branch, Mapping | list):
+        for key, child in branch.items() if isinstance(branch, Mapping) else enumerate(branch):
+            yield from _leaves(child, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, branch
+
+
+def _digest(array) -> str:
+    """The sha256 of an array's numbers, as they lie in the file."""
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
+
+
+def made_by() -> dict[str, Any]:
+    """Return with what the numbers were made: versions, and the BLAS with its kernel and threads."""
+    keys = {"internal_api": "name", "version": "version", "architecture": "kernel", "num_threads": "threads"}
+    libraries = [{ours: library.get(theirs) for theirs, ours in keys.items()} for library in blas().info()]
+    versions = {"picogpt": __version__, "numpy": np.__version__, "python": platform.python_version()}
+    return {**versions, "machine": platform.machine(), "cores": cores(), "blas": libraries}
+
+
+def _as_json(manifest: dict[str, Any]) -> str:
+    """JSON with a tensor a line."""
+    head = {key: value for key, value in manifest.items() if key != "tensors"}
+    lines = [f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items()]
+    rows = [f"  {json.dumps(name)}: {json.dumps(says)}" for name, says in manifest["tensors"].items()]
+    return "{\n" + "".join(lines) + ' "tensors": {\n' + ",\n".join(rows) + "\n }\n}\n"
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Raise ValueError unless everything is there that a comparison asks for."""
+    model = manifest.get("model")
+    parts = manifest.get("ids"), manifest.get("positions"), manifest.get("tensors"), model
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f'its "format" is not {FORMAT!r}: record it with picogpt.trace')
+    if not all(isinstance(part, kind) for part, kind in zip(parts, (list, list, dict, dict), strict=True)):
+        raise ValueError("damaged: it lacks ids, positions, tensors or model; record it again")
+    for name, says in manifest["tensors"].items():
+        band = says.get("band") if isinstance(says, dict) else None
+        if not isinstance(band, dict) or not {"float32", "sum", "projection"} <= band.keys():
+            raise ValueError(f"damaged: {name} has no band; record it again")

@@ -1,0 +1,137 @@
+"""Every intermediate of a forward pass by name, to read or to replace; recorded for others to check against.
+
+`run_with_trace` is for Python; `python -m picogpt.trace "text" -o DIR` records a reference: see recording.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from picogpt import PicogptError
+from picogpt.command import UsageError, exit_status, read, say
+from picogpt.model import gpt2, with_taps
+from picogpt.names import tapped
+
+Trace = dict[str, Any]  # name of an intermediate -> array
+
+
+class TraceError(PicogptError):
+    """A hook on something that is not computed, or one that returns what cannot take its place."""
+
+
+class HookPoint(NamedTuple):
+    """Where a hook function is called, as TransformerLens tells it: `hook.name`."""
+
+    name: str
+
+
+def run_with_trace(
+    inputs, params, n_head: int, *, fwd_hooks: Iterable[tuple[str, Callable[..., Any]]] = (), **options: Any
+) -> tuple[Any, Trace]:  # [n_seq] -> [n_seq, n_vocab], the trace
+    """Run `gpt2`, and return the logits and a copy of every intermediate, in order of computation.
+
+    fwd_hooks  pairs of a name and a function, called as `function(value, hook=hook)` when the value of
+               `hook.name` has been computed; what it returns, unless None, takes the value's place
+    options    what else `gpt2` takes
+
+    Names and shapes are those of names.py (but for `hook_out`, which no tap sees); dtypes are the parameters'.
+    A replaced value is what the trace holds. Raises TraceError for a name that is not computed, or an answer of
+    another shape.
+    """
+    known = tapped(len(params["blocks"]))
+    functions: dict[str, list[Callable[..., Any]]] = {}
+    for name, function in fwd_hooks:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise TraceError(f"nothing is computed under the name {name!r}: {near or known[:5]} is")
+        functions.setdefault(name, []).append(function)
+    xp = params["wte"].__array_namespace__()
+    trace: Trace = {}
+
+    def tap(name, x):
+        for function in functions.get(name, ()):
+            answer = function(x, hook=HookPoint(name))
+            if answer is not None:
+                answer = xp.asarray(answer, dtype=x.dtype)
+                if answer.shape != x.shape:
+                    raise TraceError(f"the hook on {name} returned {answer.shape}: return the shape {x.shape}")
+                x = answer
+        trace[name] = xp.asarray(x, copy=True)
+        return x
+
+    return gpt2(inputs, **with_taps(params, tap), n_head=n_head, **options), trace
+
+
+def with_outs(trace: Trace, params) -> Trace:
+    """Add what each layer norm returns, `hook_out`: its normalized rows times gain plus bias."""
+    branches = {"ln_final.": params["ln_f"]}
+    for i, block in enumerate(params["blocks"]):
+        branches |= {f"blocks.{i}.ln1.": block["ln_1"], f"blocks.{i}.ln2.": block["ln_2"]}
+    whole = {}
+    for name, value in trace.items():
+        whole[name] = value
+        prefix = name.removesuffix("hook_normalized")
+        if prefix in branches:
+            whole[f"{prefix}hook_out"] = value * branches[prefix]["g"] + branches[prefix]["b"]
+    return whole
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The same tree with `function` done to every array."""
+    if isinstance(tree, dict):
+        return {key: tree_map(function, branch) for key, branch in tree.items()}
+    if isinstance(tree, list):
+        return [tree_map(function, branch) for branch in tree]
+    return function(tree)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Record what the command line asks for, and say where it is."""
+    from picogpt.checkpoint import load_encoder_hparams_and_params
+    from picogpt.generation import check_ids
+    from picogpt.recording import record
+
+    encoder, hparams, params = load_encoder_hparams_and_params(args.model_size, args.models_dir)
+    if args.ids is None:
+        text = read() if args.text is None else args.text
+        ids = encoder.encode(text, allowed_special=("<|endoftext|>",))
+    else:
+        ids = parse_ids(args.ids)
+    check_ids(ids, hparams["n_vocab"])
+    if len(ids) > hparams["n_ctx"]:
+        n_ctx = hparams["n_ctx"]
+        raise UsageError(f"{len(ids)} tokens do not fit into the model's {n_ctx} positions: shorten the text")
+    about = {"text": encoder.decode(ids), "token_bytes": [encoder.decode_bytes([i]).hex() for i in ids]}
+    recording = record(ids, params, hparams["n_head"], size=args.size, name=args.model_size, about=about)
+    recording.save(args.output)
+    say(f"{args.output}: {len(recording.manifest['tensors'])} tensors of {len(ids)} tokens ({args.size})")
+
+
+def parse_ids(text: str) -> list[int]:
+    """Return token ids from "1, 2 3" or "[1, 2, 3]"."""
+    try:
+        return [int(word) for word in text.strip("[] \n").replace(",", " ").split()]
+    except ValueError:
+        raise UsageError(f"{text!r:.60} are not token ids: give numbers, such as 464,3290") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m picogpt.trace "text" --model_size NAME -o DIR`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m picogpt.trace", description="Record every intermediate, to check others against."
+    )
+    parser.add_argument("text", nargs="?", help="what the model reads; else standard input")
+    parser.add_argument("--ids", help="token ids in place of the text, such as 464,3290")
+    parser.add_argument("--model_size", default="shakespeare", help="a model's name, or its directory")
+    parser.add_argument("--models_dir", help="where models are looked for by name")
+    parser.add_argument("--size", choices=("full", "tiny", "smoke"), default="full", help="how much is kept")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the directory to write to")
+    args = parser.parse_args(argv)
+    return exit_status(lambda: report(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
