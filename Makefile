@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-skipped lint bench neighbour sizes faults fuzz train
+.PHONY: help run test test-skipped lint bench neighbour sizes faults fuzz train reference
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +40,9 @@ fuzz: .venv/installed-dev ## feed bad files and command lines to every reader fo
 
 train: .venv/installed-dev ## train models/shakespeare anew, into runs/shakespeare
 	$(BIN)/python -m picogpt.train data/tinyshakespeare.txt --output runs/shakespeare
+
+reference: .venv/installed ## rebuild reference/ and fail if a value has moved
+	$(BIN)/python reference/build.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

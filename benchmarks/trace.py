@@ -2,7 +2,7 @@
 
     python benchmarks/trace.py [--size_of_model 124M] [--n_tokens 64] [--folder FOLDER]
 
-Random weights of one of OpenAI's shapes (kept if FOLDER is given); a row for each of the recording's sizes. Memory
+Random weights of one of OpenAI's shapes (kept if FOLDER is given); a row for each size of recording. Memory
 is the kernel's peak (ru_maxrss), mapped weights included. Unix.
 """
 

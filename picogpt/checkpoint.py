@@ -80,14 +80,19 @@ def load_hparams_and_params(
     directory = Path(directory)
     with reading(directory):
         hparams, entries = read_entries(directory)
-    params: dict[str, Any] = {"blocks": [{} for _ in range(hparams["n_layer"])]}
-    for name, tensor in read_tensors(entries, verify=verify).items():
-        _, *branches, leaf = name.split("/")  # "model/h0/attn/c_attn/w"
+    return hparams, params_tree(read_tensors(entries, verify=verify), hparams["n_layer"])
+
+
+def params_tree(tensors: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
+    """Return the article's nested dict of tensors with OpenAI's names, such as model/h0/attn/c_attn/w."""
+    params: dict[str, Any] = {"blocks": [{} for _ in range(n_layer)]}
+    for name, tensor in tensors.items():
+        _, *branches, leaf = name.split("/")
         node = params
         for key in branches:
             node = params["blocks"][int(key[1:])] if re.fullmatch(r"h\d+", key) else node.setdefault(key, {})
         node[leaf] = tensor
-    return hparams, params
+    return params
 
 
 def parameter_shapes(hparams: Mapping[str, int], *, lm_head: bool = False) -> dict[str, tuple[int, ...]]:
