@@ -16,8 +16,8 @@ from tqdm import tqdm
 from picogpt.cache import KVCache, packed, with_attend
 from picogpt.machine import cores, limited_to
 from picogpt.model import causal_attention, gpt2, with_taps
-from picogpt.names import ROWS, WIDE, names, tapped
-from picogpt.trace import Trace, run_with_trace, tree_map, with_outs
+from picogpt.names import ROWS, WIDE, names
+from picogpt.trace import Trace, layer_norms, run_with_trace, tree_map, with_outs
 
 HALVES = ("bfloat16", "float16")
 FALSE_ALARMS = 1e-6  # how often noise may be taken for an error
@@ -79,9 +79,21 @@ def _run(ids, params, n_head: int, **options: Any) -> Trace:
 def half_run(ids, params, n_head: int, dtype: str) -> Trace:
     """Return the trace of a run whose weights and intermediates are rounded to bfloat16 or float16."""
     params = tree_map(lambda w: rounded(np.asarray(w, np.float32), dtype), params)
-    hooks = [(name, lambda value, hook: rounded(value, dtype)) for name in tapped(len(params["blocks"]))]
+    norms, trace = layer_norms(params), {}
+
+    def tap(name, x):
+        trace[name] = x = rounded(x, dtype)
+        prefix = name.removesuffix("hook_normalized")
+        if prefix in norms:
+            trace[f"{prefix}hook_out"] = x = rounded(x * norms[prefix]["g"] + norms[prefix]["b"], dtype)
+        return x
+
+    # Gains and biases stand aside: no tap sees what a layer norm returns, so that it could be rounded.
+    idle = {"g": 1.0, "b": 0.0}
+    blocks = [{**block, "ln_1": idle, "ln_2": idle} for block in params["blocks"]]
     with np.errstate(invalid="ignore", over="ignore"):  # float16 ends at 65504
-        return _run(ids, params, n_head, fwd_hooks=hooks)
+        gpt2(ids, **with_taps({**params, "blocks": blocks, "ln_f": idle}, tap), n_head=n_head)
+    return trace
 
 
 def isolated(values: Trace, ids, params, n_head: int) -> tuple[Trace, dict[str, float]]:

@@ -98,7 +98,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: M
     with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            little = np.asarray(tensor, dtype=tensor.dtype.newbyteorder("<"), order="C")
+            little = np.asarray(tensor, dtype=tensor.dtype.newbyteorder("<"))
             file.write(little.reshape(-1).view(np.uint8).data)
 
 

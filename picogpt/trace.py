@@ -65,17 +65,22 @@ def run_with_trace(
     return gpt2(inputs, **with_taps(params, tap), n_head=n_head, **options), trace
 
 
+def layer_norms(params) -> dict[str, Any]:
+    """Return the parameters of every layer norm, by the prefix of its names."""
+    norms: dict[str, Any] = {}
+    for i, block in enumerate(params["blocks"]):
+        norms |= {f"blocks.{i}.ln1.": block["ln_1"], f"blocks.{i}.ln2.": block["ln_2"]}
+    return norms | {"ln_final.": params["ln_f"]}
+
+
 def with_outs(trace: Trace, params) -> Trace:
     """Add what each layer norm returns, `hook_out`: its normalized rows times gain plus bias."""
-    branches = {"ln_final.": params["ln_f"]}
-    for i, block in enumerate(params["blocks"]):
-        branches |= {f"blocks.{i}.ln1.": block["ln_1"], f"blocks.{i}.ln2.": block["ln_2"]}
-    whole = {}
+    norms, whole = layer_norms(params), {}
     for name, value in trace.items():
         whole[name] = value
         prefix = name.removesuffix("hook_normalized")
-        if prefix in branches:
-            whole[f"{prefix}hook_out"] = value * branches[prefix]["g"] + branches[prefix]["b"]
+        if prefix in norms:
+            whole[f"{prefix}hook_out"] = value * norms[prefix]["g"] + norms[prefix]["b"]
     return whole
 
 
