@@ -54,6 +54,7 @@ The exit status is 0, or 2 after an error, or 130 after Ctrl-C.
 
 Beside it, each with --help: python -m picogpt.download 124M; python -m picogpt.verify MODEL (is it whole and
 right?); python -m picogpt.info (which models, which BLAS). And python -m picogpt.encoder "text" shows tokens.
+To check another GPT-2 against this one: python -m picogpt.trace, .compare, .conform, .check, .formula.
 """
 
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # so "--help me" is none: it has a space

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from picogpt import PicogptError
 from picogpt.command import UsageError, exit_status, read, say
 from picogpt.model import gpt2, with_taps
+from picogpt.model_dirs import EMBEDDED
 from picogpt.names import tapped
 
 Trace = dict[str, Any]  # name of an intermediate -> array
@@ -100,11 +101,13 @@ def report(args: argparse.Namespace) -> None:
     from picogpt.recording import record
 
     encoder, hparams, params = load_encoder_hparams_and_params(args.model_size, args.models_dir)
-    if args.ids is None:
+    if args.ids and args.text is not None:
+        raise UsageError("a text and --ids were given: give one of them")
+    if not args.ids:
         text = read() if args.text is None else args.text
         ids = encoder.encode(text, allowed_special=("<|endoftext|>",))
     else:
-        ids = parse_ids(args.ids)
+        ids = parse_ids(" ".join(args.ids))
     check_ids(ids, hparams["n_vocab"])
     if len(ids) > hparams["n_ctx"]:
         n_ctx = hparams["n_ctx"]
@@ -112,7 +115,8 @@ def report(args: argparse.Namespace) -> None:
     about = {"text": encoder.decode(ids), "token_bytes": [encoder.decode_bytes([i]).hex() for i in ids]}
     recording = record(ids, params, hparams["n_head"], size=args.size, name=args.model_size, about=about)
     recording.save(args.output)
-    say(f"{args.output}: {len(recording.manifest['tensors'])} tensors of {len(ids)} tokens ({args.size})")
+    n = len(recording.manifest["tensors"])
+    say(f"{args.output}: {n} tensors of {len(ids)} tokens through {args.model_size} ({args.size})")
 
 
 def parse_ids(text: str) -> list[int]:
@@ -126,13 +130,20 @@ def parse_ids(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m picogpt.trace "text" --model_size NAME -o DIR`."""
     parser = argparse.ArgumentParser(
-        prog="python -m picogpt.trace", description="Record every intermediate, to check others against."
+        prog="python -m picogpt.trace",
+        description="Record every intermediate, to check others against: see docs/implementing-gpt2.md.",
     )
     parser.add_argument("text", nargs="?", help="what the model reads; else standard input")
-    parser.add_argument("--ids", help="token ids in place of the text, such as 464,3290")
-    parser.add_argument("--model_size", default="shakespeare", help="a model's name, or its directory")
+    parser.add_argument("--ids", nargs="+", help="token ids in place of the text: 464 3290")
+    about = "a directory, or a name: OpenAI's are downloaded if missing (the embedded shakespeare)"
+    parser.add_argument("--model_size", default=EMBEDDED, help=about)
     parser.add_argument("--models_dir", help="where models are looked for by name")
-    parser.add_argument("--size", choices=("full", "tiny", "smoke"), default="full", help="how much is kept")
+    parser.add_argument(
+        "--size",
+        choices=("full", "tiny", "smoke"),
+        default="full",
+        help="all rows (full), four of them, or sums only",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="the directory to write to")
     args = parser.parse_args(argv)
     return exit_status(lambda: report(args))
