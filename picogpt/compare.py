@@ -24,6 +24,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -32,18 +33,18 @@ from picogpt import PicogptError
 from picogpt.checkpoint import load_hparams_and_params
 from picogpt.command import exit_status, write
 from picogpt.diagnose import TENFOLD, diagnose
-from picogpt.greedy import compare_ids, read_ids
+from picogpt.greedy import IDS, check_ids_of, check_manifest, lacking, other_ids, report_ids
 from picogpt.hugging_face import read_json
-from picogpt.judging import Reference, Row, judge_all, measured, measured_parameter, other_ids, parameter
-from picogpt.matching import Matcher
-from picogpt.model_dirs import find_model_dir
+from picogpt.judging import Reference, Row, judge_all, measured, measured_parameter
+from picogpt.matching import Matcher, ShapeError, counted, parameter
+from picogpt.model_dirs import ModelDirError, find_model_dir
 from picogpt.noise import HALVES, isolated
 from picogpt.recording import Recording, weights_digest
 from picogpt.tensor_files import MANIFEST, read_tensors_file
 from picogpt.trace import with_outs
 
-IDS = ("ids", "input_ids", "inputs", "tokens", "idx")
 WIDTH = 100  # columns
+MAP = '{"their name": "blocks.0.hook_resid_post"}; names are in docs/implementing-gpt2.md, section 3'
 NORMS = {"ln1": "ln_1", "ln2": "ln_2", "ln_final": "ln_f"}
 
 
@@ -59,13 +60,15 @@ class Comparison:
     n_missing: int  # tensors of the reference that MINE has not
     unknown: list[str]  # names of MINE that mean nothing here
     notes: list[str] = field(default_factory=list)
-    isolated: list[Row] = field(default_factory=list)
+    isolated: list[Row] | None = None  # None if nobody asked
+    n_whole: int = 0  # tensors with all rows, from which operations can be recomputed
+    half: str = ""  # the half precision that would explain all that differs
     diagnosis: list[str] = field(default_factory=list)
 
     @property
     def first(self) -> Row | None:
         """The first divergence."""
-        return next((row for row in [*self.rows, *self.isolated] if not row.equal), None)
+        return next((row for row in [*self.rows, *(self.isolated or [])] if not row.equal), None)
 
 
 def compare(
@@ -86,14 +89,15 @@ def compare(
     another model, exchanged names.
     """
     reference, manifest = Reference(recording, dtype), recording.manifest
-    for name in IDS:
-        if name in theirs and np.ravel(theirs[name]).tolist() != manifest["ids"]:
-            raise CompareError(f"{name} in MINE are other ids than the reference's {manifest['ids']!s:.60}")
+    check_ids_of(theirs, manifest["ids"])
     matcher = Matcher(manifest["model"]["hparams"], mapping)
     shapes = {name: says["shape"] for name, says in manifest["tensors"].items()}
     arrays = {name: array for name, array in theirs.items() if name not in IDS}
     positions = reference.positions or range(reference.n_seq)
-    matches, parameters, unknown = matcher.match(arrays, shapes, positions, reference.distance)
+    try:
+        matches, parameters, unknown = matcher.match(arrays, shapes, positions, reference.distance)
+    except ShapeError as error:
+        raise CompareError(f"{error}; the recording is of {_of(manifest)}") from None
     rows, notes = judge_all(reference, matches)
     weights = []
     if params is not None:
@@ -101,11 +105,24 @@ def compare(
             measured_parameter(name, *pair, parameter(params, name)) for name, pair in parameters.items()
         ]
     elif parameters:
-        notes.append(f"{len(parameters)} parameters are not compared without the weights: give --model_size")
+        notes.append(f"{counted(parameters, 'parameter')} left out for want of the weights: give --model_size")
     if not rows and not weights:
-        some = ", ".join(map(ascii, list(theirs)[:3]))
-        raise CompareError(f"no name in MINE is known ({some:.80}): say with --map which of ours they are")
-    return Comparison([*weights, *rows], len(shapes) - len({row.name for row in rows}), unknown, notes)
+        some = f"{', '.join(map(ascii, list(theirs)[:3])):.80}"
+        if parameters:
+            cure = "record what is computed with them, or compare them with --model_size"
+            raise CompareError(f"these are weights, not intermediates ({some}): {cure}")
+        raise CompareError(f"no name in MINE is known ({some}): give --map a JSON file, {MAP}")
+    found = Comparison([*weights, *rows], len(shapes) - len({row.name for row in rows}), unknown, notes)
+    if reference.tensors:
+        found.n_whole = sum(len(row.rows) == reference.n_seq for row in rows)
+    found.half = reference.half(rows)
+    return found
+
+
+def _of(manifest: Mapping[str, Any]) -> str:
+    """Of what a recording is, in words."""
+    ids, name = manifest["ids"], manifest["model"].get("name")
+    return f"{manifest.get('text', ids)!r:.60} ({counted(ids, 'token')})" + f" by {name}" * bool(name)
 
 
 def find_params(recording: Recording, model_size: str | None, models_dir: str | None) -> dict[str, Any]:
@@ -117,7 +134,14 @@ def find_params(recording: Recording, model_size: str | None, models_dir: str | 
     name = model_size or model.get("name")
     if not name:
         raise CompareError("the reference does not say which model it is of: give --model_size")
-    directory = find_model_dir(name, models_dir)
+    try:
+        directory = find_model_dir(name, models_dir)
+    except ModelDirError:
+        if model_size:
+            raise
+        raise CompareError(
+            f"the recording is of {name}, which is not found here: give --model_size PATH"
+        ) from None
     if directory is None:
         raise CompareError(f"the weights of {name} are not here: give --models_dir, or --model_size and a path")
     params = load_hparams_and_params(directory)[1]
@@ -137,6 +161,9 @@ def isolate(found: Comparison, recording: Recording, params: Mapping[str, Any]) 
     shapes = {name: tuple(says["shape"]) for name, says in manifest["tensors"].items()}
     whole = {row.name: row for row in found.rows if np.shape(row.array) == shapes.get(row.name, ())}
     values = {name: row.array for name, row in whole.items()}
+    found.isolated = []
+    if not values:
+        return
     inputs = {**values, **_normalized(values, params)}
     exact, bands = isolated(inputs, manifest["ids"], params, manifest["model"]["hparams"]["n_head"])
     tapped = {name: values.get(name, x) for name, x in exact.items() if not name.endswith("hook_out")}
@@ -169,10 +196,12 @@ def diagnosed(found: Comparison, recording: Recording, params: Mapping[str, Any]
     if others := other_ids(found.rows, ids, params["wte"]):
         raise CompareError(f"MINE is of other ids: {others!s:.40}, not {ids!s:.40}")
     arrays = {row.name: row.array for row in found.rows if row.array is not None and len(row.rows) == len(ids)}
-    findings = diagnose(arrays, ids, params, n_head)
-    return [finding.say() for finding in findings] or [
-        "no operation that MINE recorded is wrong by more than noise"
-    ]
+    findings = diagnose(arrays, ids, params, n_head) if arrays else []
+    if {mistake.rounds for finding in findings for mistake in finding.mistakes} - {found.half}:
+        found.half = ""  # it is the mistake that explains it
+    if arrays and not findings and not lacking(found.rows, len(ids)):
+        return ["no operation that MINE recorded is wrong by more than noise"]
+    return [finding.say() for finding in findings]
 
 
 def table(found: Comparison) -> Iterator[str]:
@@ -180,51 +209,39 @@ def table(found: Comparison) -> Iterator[str]:
     width = max([len(row.name) for row in found.rows] + [20])
     yield f"   {'tensor':<{width}} {'shape':<12} {'in bands':>8}  {'worst at':<11} remarks"
     for n, row in enumerate(found.rows, 1):
-        yield from _lines(row, width)
+        yield from row.lines(width, WIDTH)
         if not row.equal:
-            n_wrong = sum(not other.equal for other in found.rows[n:])
-            yield f"   {len(found.rows) - n} follow; {n_wrong} differ, perhaps in consequence: --isolate tells"
+            yield from _rest(found, found.rows[n:])
             break
-    yield f"{len(found.rows)} tensors compared; {found.n_missing} of the reference are not in MINE"
+    yield f"{counted(found.rows, 'tensor')} compared; {found.n_missing} of the reference are not in MINE"
     if found.unknown:
         some = ", ".join(map(ascii, found.unknown))
-        yield f"{len(found.unknown)} names in MINE mean nothing here: {some:.50}"
+        mean = "means" if len(found.unknown) == 1 else "mean"
+        yield f"{counted(found.unknown, 'name')} in MINE {mean} nothing here: {some:.50}"
     for said in found.notes:
         yield from textwrap.wrap(said, WIDTH, subsequent_indent="  ")
     if found.isolated:
         wrong = [row for row in found.isolated if not row.equal]
         worst = max(found.isolated, key=lambda row: row.multiple)
-        which = f"{len(wrong)} are wrong" if wrong else f"none is wrong (worst: {worst.name}, {_times(worst)})"
-        said = f"{len(found.isolated)} operations recomputed from their own inputs: {which}"
+        which = f"{len(wrong)} {'is' if len(wrong) == 1 else 'are'} wrong"
+        which = which if wrong else f"none is wrong (worst: {worst.name}, {worst.times})"
+        said = f"{counted(found.isolated, 'operation')} recomputed from their own inputs: {which}"
         yield from textwrap.wrap(said, WIDTH, subsequent_indent="  ")
         for row in wrong:
-            yield from _lines(row, width)
+            yield from row.lines(width, WIDTH, "right")
     for said in found.diagnosis:
         yield from textwrap.wrap(said, WIDTH, subsequent_indent="  ")
     first = found.first
-    yield "EQUAL" if first is None else f"DIFFERENT, first in {first.name}: {_times(first)} bands"
+    yield "EQUAL" if first is None else f"DIFFERENT, first in {first.name}: {first.times} bands"
 
 
-def _lines(row: Row, width: int) -> Iterator[str]:
-    """One line on a tensor, and if it differs numbers side by side."""
-    shape, where, said = "x".join(map(str, row.shape)), ",".join(map(str, row.where)), "; ".join(row.said)
-    mark = "  " if row.equal else ">>"
-    line = f"{mark} {row.name:<{width}} {shape:<12} {_times(row):>8}  {where:<11} "
-    if len(line) + len(said) <= WIDTH:
-        yield (line + said).rstrip()
-    else:
-        yield line.rstrip()
-        yield from textwrap.wrap(said, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    if not row.equal and row.mine:
-        worst = [f"  worst {x:.6g}" for x in row.there] or ["", ""]
-        for whose, numbers, there in (("mine", row.mine, worst[0]), ("reference", row.reference, worst[1])):
-            yield f"      {whose:<10}" + "".join(f"{x:>12.5g}" for x in numbers) + there
-
-
-def _times(row: Row) -> str:
-    if not row.mine:
-        return "shape"
-    return f"{row.multiple:.2f}" if row.multiple < 1000 else f"{row.multiple:.1e}"
+def _rest(found: Comparison, rows: Sequence[Row]) -> Iterator[str]:
+    """One line on what follows the first divergence."""
+    n_wrong = sum(not row.equal for row in rows)
+    if rows:
+        said = f"   {len(rows)} follow{'s' * (len(rows) == 1)}; {n_wrong} differ{'s' * (n_wrong == 1)}"
+        tells = ": --isolate tells" * (found.isolated is None and found.n_whole > 0)
+        yield said + f", perhaps in consequence{tells}" * (n_wrong > 0)
 
 
 def as_json(found: Comparison) -> str:
@@ -240,39 +257,41 @@ def as_json(found: Comparison) -> str:
 
     first = found.first
     says: dict[str, Any] = {"equal": first is None, "first_divergence": first and first.name}
-    says |= {"tensors": [plain(row) for row in found.rows], "isolated": [plain(row) for row in found.isolated]}
+    says |= {
+        "tensors": [plain(row) for row in found.rows],
+        "isolated": [plain(row) for row in found.isolated or []],
+    }
     says |= {key: getattr(found, key) for key in ("n_missing", "unknown", "notes", "diagnosis")}
     return json.dumps(says, indent=1)
 
 
-def _report_ids(args: argparse.Namespace, a: list[int], b: list[int]) -> int:
-    if args.model_size is None:
-        raise CompareError("to compare token ids, say whose they are: --model_size NAME")
-    directory = find_model_dir(args.model_size, args.models_dir)
-    if directory is None:
-        raise CompareError(f"{args.model_size} is not here: give --models_dir, or --model_size and a path")
-    hparams, params = load_hparams_and_params(directory)
-    equal, said = compare_ids(a, b, params, hparams["n_head"])
-    write(json.dumps({"equal": equal, "said": said}) + "\n" if args.json else said + "\n")
-    return int(not equal)
+def _no_recording(reference: Path, mine: Path) -> str:
+    """Say how the first argument becomes a recording."""
+    if reference.exists() and (mine / MANIFEST).exists():
+        return f"the recording comes first: compare {quote(str(mine))} {quote(str(reference))}"
+    made = "truth" if reference.is_file() else quote(str(reference))
+    return f"{reference} is no recording: `python -m picogpt.trace TEXT -o {made}` makes one"
 
 
 def report(args: argparse.Namespace) -> int:
     """Compare, write what was found, and return the exit status."""
-    lists = [read_ids(args.reference), read_ids(args.mine)]
-    if all(lists):
-        return _report_ids(args, *lists)
-    if any(lists):
-        raise CompareError("one of the two files holds token ids, the other none: give two lists, or none")
+    if says := report_ids(args.reference, args.mine, args.model_size, args.models_dir):
+        write(json.dumps(says) + "\n" if args.json else f"{says['said']}\n")
+        return int(not says["equal"])
     if args.isolate and args.dtype != "float32":
         raise CompareError("--isolate knows the bands of float32 only: leave out --dtype")
+    if not (args.reference / MANIFEST).exists():
+        raise CompareError(_no_recording(args.reference, args.mine))
     recording = Recording.load(args.reference)
+    if args.isolate and not recording.tensors:
+        cure = "leave out --isolate, or record with --size full"
+        raise CompareError(f"a smoke recording cannot be recomputed: {cure}")
     theirs = read_tensors_file(args.mine)
     if (args.mine / MANIFEST).exists():
-        _check_manifest(Recording.load(args.mine).manifest, recording.manifest)
+        check_manifest(Recording.load(args.mine).manifest, recording.manifest)
     mapping = read_json(args.map) if args.map else {}
     if not all(isinstance(name, str) for name in mapping.values()):
-        raise CompareError(f'{args.map} is no map of names: {{"theirs": "ours"}}')
+        raise CompareError(f"{args.map} is no map of names: {MAP}")
     params = None
     if args.isolate or args.model_size:
         params = find_params(recording, args.model_size, args.models_dir)
@@ -286,18 +305,13 @@ def report(args: argparse.Namespace) -> int:
             found.notes.append(f"no diagnosis: {error}")
     if found.first and params is not None:
         found.diagnosis = diagnosed(found, recording, params)
+    if (found.first or args.isolate) and not found.diagnosis:
+        found.notes += filter(None, [lacking(found.rows, len(recording.manifest["ids"]))])
+    if found.half:
+        said = f"what differs is no further off than {found.half} would be"
+        found.notes.append(f"{said}; if that is meant: --dtype {found.half}")
     write(as_json(found) + "\n" if args.json else "".join(_coloured(line) + "\n" for line in table(found)))
     return int(found.first is not None)
-
-
-def _check_manifest(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    if theirs["ids"] != ours["ids"]:
-        raise CompareError(f"MINE is a trace of other ids, {theirs['ids']!s:.40}: record it of the same text")
-    if theirs["model"] != ours["model"] and theirs["model"].get("sha256") != ours["model"].get("sha256"):
-        name = theirs["model"].get("name")
-        raise CompareError(
-            f"MINE is a trace of another model, {name or 'without a name'}: its weights are others"
-        )
 
 
 def _coloured(line: str) -> str:
@@ -309,13 +323,16 @@ def _coloured(line: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m picogpt.compare REFERENCE MINE`: exit status 0 if they are equal, 1 if not."""
     parser = argparse.ArgumentParser(
-        prog="python -m picogpt.compare", description="Show where another GPT-2 first goes wrong."
+        prog="python -m picogpt.compare",
+        description="Show where another GPT-2 first goes wrong: see docs/implementing-gpt2.md, section 7.",
     )
-    parser.add_argument("reference", type=Path, help="a directory that picogpt.trace has written, or token ids")
-    parser.add_argument("mine", type=Path, help=".safetensors, .npz, a folder of arrays, or token ids")
+    ids = "; or token ids, with --model_size"
+    parser.add_argument("reference", type=Path, help="a directory that picogpt.trace has written" + ids)
+    mine = ".safetensors, .npz, a folder of .npy or, with a tensors.json, of raw float32"
+    parser.add_argument("mine", type=Path, help=mine + ids)
     parser.add_argument("--isolate", action="store_true", help="recompute each operation from its own input")
     parser.add_argument("--json", action="store_true", help="write JSON, for machines")
-    parser.add_argument("--map", type=Path, help='a JSON file with {"your name": "our name"}')
+    parser.add_argument("--map", type=Path, help=f"a JSON file: {MAP}")
     parser.add_argument(
         "--dtype", choices=("float32", *HALVES), default="float32", help="what MINE computes in"
     )

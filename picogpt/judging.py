@@ -4,15 +4,17 @@ A few differences do not: a layout (matching.py), centred values, folded biases,
 are tried only where an array differs, and said where they explain it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from picogpt import PicogptError
-from picogpt.matching import Match, shown
-from picogpt.noise import HALVES, projection, rounded, total
+from picogpt.matching import Match, placed, shown
+from picogpt.noise import HALVES, last_place, projection, rounded, total
 from picogpt.recording import Recording
 
 SHOWN = 5  # numbers side by side
@@ -57,6 +59,12 @@ class Row:
     there: list[float] = field(default_factory=list)  # the worst element itself: theirs, the reference's
 
     @property
+    def times(self) -> str:
+        """The error in bands, in words."""
+        short = f"{self.multiple:.2f}" if self.multiple < 1000 else f"{self.multiple:.1e}"
+        return short if self.mine else "shape"
+
+    @property
     def multiple(self) -> float:
         """The error in bands."""
         return self.error / self.band
@@ -65,6 +73,21 @@ class Row:
     def equal(self) -> bool:
         """Whether the error is within the bands that are allowed."""
         return self.error <= self.allowed * self.band
+
+    def lines(self, width: int, columns: int, truth: str = "reference") -> Iterator[str]:
+        """Yield a line, names `width` wide, and if it differs numbers side by side: theirs, and of `truth`."""
+        shape, where = "x".join(map(str, self.shape)), ",".join(map(str, self.where))
+        said, indent = "; ".join(self.said), " " * 6
+        line = f"{'  ' if self.equal else '>>'} {self.name:<{width}} {shape:<12} {self.times:>8}  {where:<11} "
+        if len(line) + len(said) <= columns:
+            yield (line + said).rstrip()
+        else:
+            yield line.rstrip()
+            yield from wrap(said, columns, initial_indent=indent, subsequent_indent=indent)
+        if not self.equal and self.mine:
+            worst = [f"  worst {x:.6g}" for x in self.there] or ["", ""]
+            for whose, numbers, there in zip(("mine", truth), (self.mine, self.reference), worst, strict=True):
+                yield f"{indent}{whose:<10}" + "".join(f"{x:>12.5g}" for x in numbers) + there
 
     def accept(self) -> None:
         """Take the excuse for good."""
@@ -89,7 +112,7 @@ class Reference:
             raise JudgingError(
                 f"the reference has no band of {kind or self.dtype} for {name}: leave out --dtype"
             )
-        return float(max(band, half_ulp(says.get("largest", 0.0))))
+        return max(band, last_place(np.array(says.get("largest", 0.0))) / 2)
 
     def both(self, name: str, x, rows: list[int]) -> tuple[Any, Any, list[int]]:
         """Return those rows of an array and of the truth that both have, and their positions in the text."""
@@ -118,7 +141,6 @@ class Reference:
             row.excuse = next(self._excuses(name, mine, truth, common), None)
             if row.excuse and len(common) < len(match.rows):
                 row.excuse = row.excuse._replace(array=None)
-            row.said += self._halves(row)
         return row
 
     def _excuses(self, name: str, mine, truth, rows: list[int]) -> Iterator[Excuse]:
@@ -131,10 +153,17 @@ class Reference:
                     said = "before gain and bias, which the next weights contain"
                     yield Excuse(off, self.band(twin), said, reader=name.replace(out, reader))
 
-    def _halves(self, row: Row) -> list[str]:
-        """Say to which half precision a tensor is equal, if it is to one: the finer one."""
-        bands = self.manifest["tensors"][row.name]["band"]
-        return [f"within the band of {half}" for half in HALVES if row.error <= (bands[half] or 0.0)][-1:]
+    def half(self, rows: Sequence[Row]) -> str:
+        """Return the half precision that could explain every difference, the finer one; "" if none does.
+
+        It would show from the first product of matrices on, if not in the embeddings.
+        """
+        right = takewhile(lambda row: row.equal, rows)
+        if not all(row.name.startswith(("hook_", "blocks.0.hook_resid_pre", "blocks.0.ln1")) for row in right):
+            return ""
+        wrong = [(row.error, self.manifest["tensors"][row.name]["band"]) for row in rows if not row.equal]
+        fits = [half for half in HALVES if all(error <= (band.get(half) or 0.0) for error, band in wrong)]
+        return fits[-1] if wrong and fits else ""
 
     def _judge_smoke(self, match: Match, x) -> Row:
         """Compare what stands for a tensor: its sum, its projection and its first numbers."""
@@ -146,8 +175,9 @@ class Reference:
         first = {f"number {i}": value for i, value in enumerate(says["first"])}
         truth = {"sum": says["sum"], "projection": says["projection"], **first}
         mine = [total(x), projection(x), *map(float, x.ravel()[: len(first)])]
-        # The manifest of a smoke reference has the digits of float32.
-        bands = [max(says["band"].get(kind, self.band(match.name)), half_ulp(truth[kind])) for kind in truth]
+        # The manifest of a smoke reference has 8 digits of each number.
+        band = self.band(match.name)
+        bands = [max(says["band"].get(kind, band), 5e-8 * abs(x)) for kind, x in truth.items()]
         errors = [abs(a - b) for a, b in zip(mine, truth.values(), strict=True)]
         worst = int(np.argmax(np.divide(errors, bands)))
         row = Row(
@@ -167,7 +197,7 @@ def judge_all(reference: Reference, matches: Sequence[Match]) -> tuple[list[Row]
 
     Raises JudgingError for another model's trace, and if all that differs would be right under exchanged names.
     """
-    rows = [reference.judge(match) for match in _placed(matches, reference)]
+    rows = [reference.judge(match) for match in placed(matches, reference.distance)]
     by_name = {row.name: row for row in rows}
     excused = [(row, row.excuse.reader) for row in rows if row.excuse]
     for row, reader in sorted(excused, key=lambda pair: bool(pair[1])):  # the readers themselves first
@@ -175,30 +205,27 @@ def judge_all(reference: Reference, matches: Sequence[Match]) -> tuple[list[Row]
             row.accept()
     if not reference.tensors:
         return rows, []
+    if said := _another_row(rows, reference):
+        return rows, said
     _check_embeddings(rows, reference)
     return rows, _exchanged(rows, reference)
 
 
-def _placed(matches: Sequence[Match], reference: Reference) -> Sequence[Match]:
-    """Call `hook_normalized` what it is: in TransformerLens 2 it comes after gain and bias, if not folded."""
-    norms = [match for match in matches if match.name.endswith("hook_normalized")]
-    if not norms or any(match.name.endswith(tuple(READERS)) for match in matches):
-        return matches
-    first = norms[0]  # later ones may be far from both
-    off = {name: reference.distance(name, first.array, first.rows) for name in (first.name, _out(first.name))}
-    if off[first.name] <= off[_out(first.name)]:
-        return matches
-    said = "after gain and bias: hook_out"
-    return [
-        match._replace(name=_out(match.name), said=(*match.said, said))
-        if match.name != _out(match.name)
-        else match
-        for match in matches
-    ]
+def _another_row(rows: Sequence[Row], reference: Reference) -> list[str]:
+    """Say of which row of the text MINE is, if it holds one alone, which is not the last as was thought."""
 
+    def fits(row: Row, i: int) -> bool:
+        off = difference(row.array, reference.tensors[row.name][..., [i], :])
+        return np.abs(off).max(initial=0.0) <= reference.band(row.name)
 
-def _out(name: str) -> str:
-    return name.replace("hook_normalized", "hook_out")
+    alone = [row for row in rows if len(row.rows) == 1 and row.array is not None and row.mine]
+    first = next((row for row in alone if not row.equal), None)
+    for i, position in enumerate(reference.positions):
+        if first and fits(first, i) and sum(fits(row, i) for row in alone) > sum(row.equal for row in alone):
+            for row in alone:
+                row.rows = [position]
+            return [f"your row is row {position} of the reference, not the last, row {reference.n_seq - 1}"]
+    return []
 
 
 def _check_embeddings(rows: Sequence[Row], reference: Reference) -> None:
@@ -257,7 +284,7 @@ def measured_parameter(name: str, theirs: str, array, expected) -> Row:
         raise JudgingError(f"{theirs} holds NaN or infinity at {shown(np.argwhere(~np.isfinite(array))[0])}")
     layouts = {"": array, "transposed, [out, in]": array.T, f"padded to {len(array)}": array[: len(expected)]}
     rows = [
-        measured(name, theirs, x, expected, half_ulp(np.abs(expected).max()), [said] * bool(said))
+        measured(name, theirs, x, expected, last_place(expected) / 2, [said] * bool(said))
         for said, x in layouts.items()
         if x.shape == expected.shape
     ]
@@ -276,7 +303,7 @@ def excuses(name: str, mine, truth, band: float) -> Iterator[Excuse]:
     float32 once more, and most values are sums of two.
     """
     off, hook = difference(mine, truth), name.rpartition(".")[2]
-    processed = band + 2 * half_ulp(np.abs(truth).max(initial=0.0, where=np.isfinite(truth)))
+    processed = band + last_place(truth)
     if hook in STREAM and mine.shape[-1] > 1:
         constant = off.mean(axis=-1, keepdims=True)
         error = np.abs(off - constant).max()
@@ -307,33 +334,6 @@ def difference(x, truth):
 def _is_centred(x) -> bool:
     """Whether each row has mean 0, but for rounding."""
     return bool(np.abs(x.mean(axis=-1)).max() <= 2.0**-20 * np.abs(x).max())
-
-
-def half_ulp(largest: float) -> float:
-    """What a number of this size may lose when it is written in float32; never 0."""
-    return float(max(abs(largest) * 2.0**-24, 1e-300))
-
-
-def other_ids(found: Sequence[Row], ids: Sequence[int], wte) -> list[int]:
-    """Return the ids whose embeddings theirs are, if they are rows of wte, but not those of `ids`."""
-    row = next((row for row in found if row.name == "hook_embed" and not row.equal), None)
-    if row is None or np.shape(row.array) != (len(ids), wte.shape[1]):
-        return []
-    off = [np.abs(wte - x).max(axis=-1) for x in row.array]
-    closest = [int(one.argmin()) for one in off]
-    return closest if max(one.min() for one in off) <= row.band else []
-
-
-def parameter(params: Mapping[str, Any], name: str):
-    """Return a parameter by OpenAI's name, such as model/h0/attn/c_attn/w; lm_head may be wte."""
-    _, *path = name.split("/")
-    node: Any = params
-    for part in path:
-        if part[0] == "h" and part[1:].isdecimal():
-            node = params["blocks"][int(part[1:])]
-        else:
-            node = node["wte" if part == "lm_head" and part not in params else part]
-    return node
 
 
 def _finite(match: Match):

@@ -7,7 +7,7 @@ Where two would do, the one closer to the reference is meant: most mistakes are 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -36,6 +36,10 @@ Key = tuple[str, ...]
 
 class MatchError(PicogptError):
     """Names that mean nothing here or the same thing twice, or an array that cannot be what it is called."""
+
+
+class ShapeError(MatchError):
+    """An array that has not the shape that its name has in this text and this model."""
 
 
 class Meaning(NamedTuple):
@@ -109,7 +113,7 @@ class Matcher:
             return found if turned and expected[0] != n_seq else None
         padded = len(shape) == len(expected) == 2 and shape[1] == expected[1] and shape[0] > expected[0]
         if not turned and not padded:
-            raise MatchError(f"{name} is {shown(shape)}, but {found} of this model is {shown(expected)}")
+            raise ShapeError(f"{name} is {shown(shape)}, but {found} of this model is {shown(expected)}")
         return found
 
     def _layers(self, name: str) -> Iterator[list[Meaning]]:
@@ -126,7 +130,7 @@ class Matcher:
             layers = [] if meanings else list(self._layers(self.mapping.get(name, name)))
             if layers and array.shape[:1] != (len(layers),):
                 should = f"should hold {len(layers)} layers along its first axis"
-                raise MatchError(f"{name} is {shown(array.shape)}, and {should}")
+                raise ShapeError(f"{name} is {shown(array.shape)}, and {should}")
             for i, meaning in enumerate(layers):
                 yield f"{name}[{i}]", array[i], meaning
             if not layers:
@@ -186,7 +190,7 @@ class Matcher:
             rows = list(range(n_seq))
             found = list(_other_heads(array, shape, hook.shape))
         if not found:
-            raise MatchError(
+            raise ShapeError(
                 f"{theirs} is {shown(array.shape)}, but {hook.hook} of this text and model is {shown(shape)} "
                 f"[{hook.shape}]: another text, another model, or a layout that is not understood"
             )
@@ -203,6 +207,27 @@ class Matcher:
         if len(rows) < n_seq:
             words.append("last row" if rows == [n_seq - 1] else f"{len(rows)} rows")
         return Match(hook.hook, theirs, values, rows, tuple(words))
+
+
+def placed(matches: Sequence[Match], distance: Callable[[str, Any, list[int]], float]) -> Sequence[Match]:
+    """Call `hook_normalized` what it is: in TransformerLens 2 it comes after gain and bias, if not folded."""
+
+    def out(name: str) -> str:
+        return name.replace("hook_normalized", "hook_out")
+
+    norms = [match for match in matches if match.name.endswith("hook_normalized")]
+    if not norms or any(match.name.endswith(".hook_out") for match in matches):
+        return matches
+    name, _, array, rows, _ = norms[0]  # later ones may be far from both
+    if distance(name, array, rows) <= distance(out(name), array, rows):
+        return matches
+    said = "after gain and bias: hook_out"
+    return [
+        match._replace(name=out(match.name), said=(*match.said, said))
+        if match.name.endswith("normalized")
+        else match
+        for match in matches
+    ]
 
 
 def key(name: str) -> Key:
@@ -295,6 +320,23 @@ def _one_of(a: Match, b: Match) -> Match:
         cure = "leave one out, or say with --map what it is"
         raise MatchError(f"{a.theirs} and {b.theirs} both mean {a.name}, and differ: {cure}")
     return a
+
+
+def parameter(params: Mapping[str, Any], name: str):
+    """Return a parameter by OpenAI's name, such as model/h0/attn/c_attn/w; lm_head may be wte."""
+    _, *path = name.split("/")
+    node: Any = params
+    for part in path:
+        if part[0] == "h" and part[1:].isdecimal():
+            node = params["blocks"][int(part[1:])]
+        else:
+            node = node["wte" if part == "lm_head" and part not in params else part]
+    return node
+
+
+def counted(things: Sized, what: str) -> str:
+    """How many, in words."""
+    return f"{len(things)} {what}" + "s" * (len(things) != 1)
 
 
 def shown(shape: Sequence[int]) -> str:

@@ -39,6 +39,7 @@ _DTYPES = {  # three of them hugging_face.py has already given their full names
         "U8": "|u1",
     },
 }
+RAW = '{"file": "logits.bin", "shape": [5, 50257]}'  # how tensors.json describes an array
 _WRITTEN = {"float64": "F64", "float32": "F32"}
 _DAMAGE: tuple[type[Exception], ...] = (  # what np.load lets through
     *(ValueError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError, SyntaxError),
@@ -124,7 +125,8 @@ def _read_folder(path: Path) -> dict[str, np.ndarray]:
         return _read_raw(path)
     files = sorted(path.rglob("*.npy"))
     if not files:
-        raise TensorFileError(f"{path} holds neither .npy files nor a {TENSORS}: see picogpt/tensor_files.py")
+        wanted = f'{{"logits": {RAW}}}'
+        raise TensorFileError(f"{path} holds neither .npy files nor, for raw float32, a {TENSORS}: {wanted}")
     return {file.relative_to(path).with_suffix("").as_posix(): _read_npy(file) for file in files}
 
 
@@ -194,15 +196,27 @@ def _read_raw(path: Path) -> dict[str, np.ndarray]:
     entries: dict[str, Any] = described if isinstance(described, dict) else {TENSORS: None}
     for name, info in entries.items():
         if not _is_described(info):
-            wanted = '{"file": "x.bin", "shape": [5, 768]}'
-            raise TensorFileError(f"{path / TENSORS}: {name!r:.80} must be described as {wanted}")
+            raise TensorFileError(f"{path / TENSORS}: {name!r:.80} must be described as {RAW}")
         file, shape = path / info["file"], info["shape"]
         expected, found = 4 * math.prod(shape), file_size(file)
         if found != expected:
-            said = f"float32 of shape {shape} is {expected} bytes, but the file has {found}: write it again"
-            raise TensorFileError(f"{file}: {said}")
+            said = (
+                f"float32 of shape {shape} is {expected} bytes, but the file has {found}{_rows(shape, found)}"
+            )
+            raise TensorFileError(f"{file}: {said}: write it again")
         tensors[name] = np.fromfile(file, dtype="<f4").reshape(shape)
     return tensors
+
+
+def _rows(shape: list[int], n_bytes: int) -> str:
+    """Say how many rows so many bytes are: most files of a wrong size lack some, or have too many."""
+    if n_bytes == 8 * math.prod(shape):
+        return ", as float64 would"
+    *counts, width = shape or [0]
+    if not counts or not width or n_bytes % (4 * width):
+        return ""
+    rows = n_bytes // (4 * width)
+    return f" ({rows} row{'s' * (rows != 1)} of {width}, not {math.prod(counts)})"
 
 
 def _is_described(info: Any) -> bool:

@@ -3,6 +3,8 @@ compute is right, and the faults planted in a forward pass of torch's are where 
 
 import functools
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from models import random_ids, random_params, transformers_model
 from picogpt import PicogptError
 from picogpt.checkpoint import save_checkpoint
 from picogpt.compare import WIDTH, compare, isolate, main, table
-from picogpt.greedy import compare_ids
+from picogpt.greedy import compare_ids, lacking
 from picogpt.recording import Recording, record
 from picogpt.tensor_files import write_safetensors
 
@@ -218,13 +220,23 @@ class TestOtherSenses:
     def test_half_precision_is_said_and_equal_only_if_meant(self, dtype, faults):
         half = torch_run_everywhere(*faults)
         found = compare(recording(), half)
-        assert found.first.name == "hook_embed" and found.first.said == [f"within the band of {dtype}"]
+        assert found.first.name == "hook_embed" and found.half == dtype
         assert compare(recording(), half, dtype=dtype).first is None
         assert compare(recording(), torch_run(), dtype=dtype).first is None
 
     def test_a_wrong_gelu_does_not_hide_in_the_band_of_half_precision(self):
-        row = compare(recording(), torch_run("erf_gelu")).first
-        assert row.name == "blocks.1.mlp.hook_post" and row.said == ["within the band of float16"]
+        """It lies within float16's; but the products before it would be off as well."""
+        found = compare(recording(), torch_run("erf_gelu"))
+        assert found.first.name == "blocks.1.mlp.hook_post" and not found.first.said and not found.half
+        band = recording().manifest["tensors"][found.first.name]["band"]
+        assert band["float32"] < found.first.error < band["float16"]
+
+    def test_half_precision_must_explain_all_that_differs(self):
+        half = torch_run_everywhere("float16_weights", "float16_activations")
+        assert not compare(recording(), changed("logits", lambda x: x + np.eye(*x.shape), half)).half
+        assert not compare(recording(), torch_run()).half
+        embeddings = {name: x for name, x in torch_run().items() if name in ("hook_embed", "hook_pos_embed")}
+        assert compare(recording(), half | embeddings).half == "float16"  # products only, as under autocast
 
 
 @functools.cache
@@ -260,6 +272,28 @@ class TestFirstDivergence:
         assert wrong == [f"blocks.1.{hook}" for hook in name.split()]
         assert found.first.name == wrong[0]
         assert len(wrong) < sum(not row.equal for row in found.rows)  # the rest has only inherited it
+
+    @pytest.mark.parametrize("size", ["full", "tiny"])
+    def test_another_row_than_the_last(self, size):
+        first = {name: x[..., :1, :] for name, x in torch_run("erf_gelu").items()}
+        found = compare(recording(size), first)
+        assert found.notes == [f"your row is row 0 of the reference, not the last, row {N_SEQ - 1}"]
+        assert "MINE holds only row 0: " in lacking(found.rows, N_SEQ)
+        wrong = {name: x[..., -1:, :] for name, x in torch_run("erf_gelu").items()}
+        assert not compare(recording(size), wrong).notes
+        wrong["hook_embed"] = first["hook_embed"]  # another token at the right place
+        assert not compare(recording(size), wrong).notes
+
+    def test_one_is_no_plural(self):
+        lines = list(table(compare(recording(), {"logits": 2 * torch_run()["logits"], "a": np.ones(1)})))
+        assert not any("follow" in line for line in lines) and lines[4].startswith("1 tensor compared;")
+        assert lines[5] == "1 name in MINE means nothing here: 'a'"
+        wrong = {"logits": 2 * torch_run()["logits"], "ln_final.hook_out": torch_run()["logits"][:, :48]}
+        assert "   1 follows; 1 differs, perhaps in consequence: --isolate tells" in table(
+            compare(recording(), wrong)
+        )
+        right = changed("ln_final.hook_out", lambda x: x + np.eye(*x.shape))
+        assert "   1 follows; 0 differ" in table(compare(recording(), right))
 
     def test_where_the_worst_element_is(self):
         def change(x):
@@ -365,9 +399,70 @@ class TestWithWeights:
         argv = (folder / "full", mine, "--isolate", "--model_size", "mine", "--models_dir", model.parent)
         status, out, err = run(capsys, *argv)
         assert (status, err) == (1, "")
-        assert "operations recomputed from their own inputs: 1 are wrong" in out
+        assert "operations recomputed from their own inputs: 1 is wrong" in out
         assert "erf GELU" in out and "layer 1" in out
+        assert "differ, perhaps in consequence\n" in out and "--isolate" not in out
+        lines = [line.split() for line in out.splitlines() if line.startswith("      ")]
+        assert [line[0] for line in lines] == ["mine", "reference", "mine", "right"]
+        assert lines[1] != lines[3]
         assert json.loads(run(capsys, *argv, "--json")[1])["diagnosis"]
+
+    def test_the_last_row_cannot_be_recomputed_and_is_not_called_right(self, folder, model, capsys):
+        named = ("--model_size", model)
+        rest = "operations cannot be recomputed from it; record all rows, and the mistake can be named"
+        arrays = {name: x[..., -1:, :] for name, x in torch_run("erf_gelu").items()}
+        mine = save(folder / "x.npz", arrays)
+        for option in ((), ("--isolate",)):
+            says = json.loads(run(capsys, folder / "full", mine, *named, "--json", *option)[1])
+            assert says["notes"] == [f"MINE holds only the last row (row {N_SEQ - 1}): {rest}"]
+            assert not says["diagnosis"] and says["first_divergence"] == "blocks.1.mlp.hook_post"
+            out = run(capsys, folder / "full", mine, *named, *option)[1]
+            assert "MINE holds only the last row" in out and "--isolate tells" not in out
+        whole = {name: arrays[name] for name in arrays if name >= "blocks.1.m"}
+        mine = save(folder / "x.npz", {**torch_run(), **whole})
+        out = run(capsys, folder / "full", mine, *named)[1]
+        assert f"(row {N_SEQ - 1}) of {len(whole)} tensors: operations" in out and "no operation" not in out
+        mine = save(folder / "x.npz", {name: x[..., -1:, :] for name, x in torch_run().items()})
+        assert run(capsys, folder / "full", mine, *named)[1].endswith("not in MINE\nEQUAL\n")
+        assert "cannot be recomputed" in run(capsys, folder / "full", mine, *named, "--isolate")[1]
+        rows = recording("tiny").manifest["positions"]
+        mine = save(folder / "x.npz", {name: x[..., rows, :] for name, x in torch_run("erf_gelu").items()})
+        assert "MINE holds only rows 0, 5, 10, 16: " in run(capsys, folder / "tiny", mine, *named)[1]
+
+    def test_what_is_wrong_by_little_is_still_said_to_be_noise(self, folder, model, capsys):
+        """Outside the band, but not tenfold: then, and only then, no operation is wrong."""
+        name = "blocks.0.attn.hook_q"
+        band = recording().manifest["tensors"][name]["band"]["float32"]
+        mine = save(folder / "x.npz", changed(name, lambda x: x + 2 * band * np.eye(*x.shape[1:])))
+        out = run(capsys, folder / "full", mine, "--model_size", model)[1]
+        assert "no operation that MINE recorded is wrong by more than noise" in out
+        mine = save(folder / "x.npz", {"ln_f.bias": PARAMS["ln_f"]["b"] + 1})
+        out = run(capsys, folder / "full", mine, "--model_size", model)[1]
+        assert "DIFFERENT, first in model/ln_f/b" in out and "no operation" not in out
+
+    def test_half_precision_is_proposed_unless_a_mistake_explains_it(self, folder, model, capsys):
+        said = "what differs is no further off than float16 would be; if that is meant: --dtype float16"
+        half = torch_run_everywhere("float16_weights", "float16_activations")
+        out = run(capsys, folder / "full", save(folder / "x.npz", half), "--model_size", model)[1]
+        assert said in out and "rounded to float16" in out
+        wrong = {name: x for name, x in torch_run("erf_gelu").items() if name >= "blocks.1.mlp"}
+        del wrong["blocks.1.mlp.hook_pre"]
+        mine = save(folder / "y.npz", wrong)
+        assert said in run(capsys, folder / "full", mine)[1]  # nobody knows better without the weights
+        out = run(capsys, folder / "full", mine, "--model_size", model)[1]
+        assert "erf GELU" in out and said not in out
+
+    def test_a_model_that_is_found_from_elsewhere_only(self, folder, model, capsys):
+        manifest = {
+            **recording().manifest,
+            "model": {**recording().manifest["model"], "name": "models/elsewhere"},
+        }
+        Recording(manifest, recording().tensors).save(folder / "named")
+        mine = save(folder / "x.npz", torch_run("erf_gelu"))
+        said = "the recording is of models/elsewhere, which is not found here: give --model_size PATH"
+        assert said in run(capsys, folder / "named", mine)[1]
+        assert said in refused(capsys, folder / "named", mine, "--isolate")
+        assert "erf GELU" in run(capsys, folder / "named", mine, "--model_size", model)[1]
 
     def test_the_model_is_found_by_its_name_and_never_fetched(self, folder, model, capsys, monkeypatch):
         mine = save(folder / "x.npz", changed("logits", lambda x: 2 * x))
@@ -449,11 +544,42 @@ class TestUnusable:
         mine.write_bytes(content[: len(content) // 2])
         assert "x.npz" in refused(capsys, folder / "full", mine)
         assert "missing" in refused(capsys, folder / "full", folder / "nothing.npz")
-        assert "manifest.json" in refused(capsys, folder / "nowhere", folder / "full")
+        for none in ("nowhere", "empty"):
+            err = refused(capsys, folder / none, mine)
+            assert f"{none} is no recording: `python -m picogpt.trace TEXT -o {folder / none}` makes one" in err
+            (folder / "empty").mkdir(exist_ok=True)
+        assert "nowhere is no recording" in refused(capsys, folder / "nowhere", folder / "full")
+        assert "TEXT -o truth`" in refused(capsys, mine, mine)
+        err = refused(capsys, mine, folder / "full")
+        assert f"the recording comes first: compare {folder / 'full'} {mine}" in err
+        err = refused(capsys, folder / "full", folder / "empty")
+        assert '{"logits": {"file": "logits.bin", "shape": [5, 50257]}}' in err
         assert "smoke" in refused(capsys, folder / "full", folder / "smoke")
         assert "no name in MINE is known" in refused(
             capsys, folder / "full", save(folder / "y.npz", {"a": np.ones(2)})
         )
+
+    def test_names_that_are_not_known_and_where_they_are(self, folder, capsys):
+        err = refused(capsys, folder / "full", save(folder / "y.npz", {"a": np.ones(2)}))
+        assert '{"their name": "blocks.0.hook_resid_post"}' in err and "implementing-gpt2.md, section 3" in err
+        page = Path(__file__).parent.parent / "docs" / "implementing-gpt2.md"
+        section = re.search(r"^## 3\..*?^## 4", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)[0]
+        assert "hook_resid_post" in section
+
+    def test_weights_are_no_intermediates(self, folder, capsys):
+        weights = save(folder / "x.npz", {"transformer.wte.weight": PARAMS["wte"], "wpe": PARAMS["wpe"]})
+        err = refused(capsys, folder / "full", weights)
+        assert "these are weights, not intermediates ('transformer.wte.weight', 'wpe')" in err
+
+    def test_of_what_the_recording_is(self, folder, capsys):
+        manifest = {**recording().manifest, "text": "To be", "model": {**recording().manifest["model"]}}
+        manifest["model"]["name"] = "mine"
+        Recording(manifest, recording().tensors).save(folder / "named")
+        for wrong in ({"hook_embed": np.ones((4, 48))}, {"h.0.ln_1.weight": np.ones(5)}, {"fch": np.ones(9)}):
+            err = refused(capsys, folder / "named", save(folder / "x.npz", wrong))
+            assert err.endswith("; the recording is of 'To be' (17 tokens) by mine\n")
+        err = refused(capsys, folder / "full", save(folder / "x.npz", wrong))
+        assert f"; the recording is of [{IDS[0]}, " in err and err.endswith(" (17 tokens)\n")
 
     def test_what_a_smoke_reference_cannot_tell(self, folder, capsys):
         last = save(folder / "x.npz", {"logits": torch_run()["logits"][-1]})
@@ -464,6 +590,19 @@ class TestUnusable:
     def test_isolate_in_half_precision(self, folder, capsys):
         mine = save(folder / "x.npz", torch_run())
         assert "--dtype" in refused(capsys, folder / "full", mine, "--isolate", "--dtype", "float16")
+
+    def test_isolate_with_a_smoke_reference(self, folder, capsys):
+        mine = save(folder / "x.npz", torch_run("erf_gelu"))
+        err = refused(capsys, folder / "smoke", mine, "--isolate")
+        assert "leave out --isolate, or record with --size full" in err and "--dtype" not in err
+        assert "--isolate" not in run(capsys, folder / "smoke", mine)[1]
+
+    def test_help(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        for word in ("tensors.json", "token ids, with --model_size", "docs/implementing-gpt2.md"):
+            assert word in said
 
 
 class TestIds:

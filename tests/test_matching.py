@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models import SMALL, intermediates, random_ids, random_params, transformers_model
-from picogpt.matching import Matcher, MatchError
+from picogpt.matching import Matcher, MatchError, ShapeError
 from picogpt.names import names
 from picogpt.trace import with_outs
 
@@ -30,6 +30,7 @@ def match(theirs, mapping=None, positions=range(N_SEQ), shapes=SHAPES, near=dist
 def refused(theirs, *words, mapping=None):
     with pytest.raises(MatchError) as error:
         match(theirs, mapping)
+    assert isinstance(error.value, ShapeError) == (" is [" in str(error.value))
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
 

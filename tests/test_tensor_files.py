@@ -198,7 +198,15 @@ def test_safetensors_that_are_none(tmp_path, content, said):
 @pytest.mark.parametrize(
     "described, said",
     [
-        ('{"x": {"file": "x.bin", "shape": [3]}}', "12 bytes, but the file has 8"),
+        ('{"x": {"file": "x.bin", "shape": [3]}}', "12 bytes, but the file has 8: write"),
+        ('{"x": {"file": "x.bin", "shape": [5, 1]}}', "the file has 8 (2 rows of 1, not 5): write"),
+        (
+            '{"x": {"file": "x.bin", "shape": [3, 2, 2]}}',
+            "48 bytes, but the file has 8 (1 row of 2, not 6)",
+        ),
+        ('{"x": {"file": "x.bin", "shape": [5, 3]}}', "60 bytes, but the file has 8: write"),
+        ('{"x": {"file": "x.bin", "shape": [1]}}', "4 bytes, but the file has 8, as float64 would: write"),
+        ('{"x": {"file": "x.bin", "shape": []}}', "as float64 would"),
         ('{"x": {"file": "x.bin", "shape": [-2]}}', "must be described"),
         ('{"x": {"file": "x.bin"}}', "must be described"),
         ('{"x": {"file": "y.bin", "shape": [2]}}', "y.bin is missing"),
@@ -218,4 +226,8 @@ def test_raw_folders_that_are_none(tmp_path, described, said):
 
 def test_what_is_not_there(tmp_path):
     refused(tmp_path / "x.safetensors", "missing")
-    refused(tmp_path, "neither")
+    (tmp_path / "tensors.json").write_text(
+        refused(tmp_path, "neither").partition("tensors.json: ")[2].replace("[5, 50257]", "[1, 2]")
+    )
+    (tmp_path / "logits.bin").write_bytes(bytes(8))
+    same(read_tensors_file(tmp_path), {"logits": np.zeros((1, 2), np.float32)})  # the example is a right one
