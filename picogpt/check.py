@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--models_dir", help="where models are looked for by name")
     args = parser.parse_args(argv)
-    return exit_status(lambda: report(args.model_size, args.models_dir))
+    return exit_status(lambda: report(args.model_size, args.models_dir), unread=2)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ class UsageError(PicogptError):
     """A command line, an input or an output that cannot be used."""
 
 
-def exit_status(command: Callable[[], int | None]) -> int:
+def exit_status(command: Callable[[], int | None], unread: int = 0) -> int:
     """Run a command: return 0, or what it returns, or 2 after one line on what stopped it, or 130 after Ctrl-C.
+
+    `unread` is returned if whoever reads the output stops: not 0 where the status is a verdict.
 
     Takes over Ctrl-C, and makes standard output UTF-8, whatever the platform prefers.
     """
@@ -31,8 +33,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
         return command() or 0
-    except BrokenPipeError:  # whoever read us has read enough
-        return 0
+    except BrokenPipeError:
+        return unread
     except KeyboardInterrupt:
         return INTERRUPTED
     except PicogptError as error:

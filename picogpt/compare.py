@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -30,22 +30,26 @@ from typing import Any
 import numpy as np
 
 from picogpt import PicogptError
-from picogpt.checkpoint import load_hparams_and_params
 from picogpt.command import exit_status, write
 from picogpt.diagnose import TENFOLD, diagnose
 from picogpt.greedy import IDS, check_ids_of, check_manifest, lacking, other_ids, report_ids
 from picogpt.hugging_face import read_json
 from picogpt.judging import Reference, Row, judge_all, measured, measured_parameter
 from picogpt.matching import Matcher, ShapeError, counted, parameter
-from picogpt.model_dirs import ModelDirError, find_model_dir
 from picogpt.noise import HALVES, isolated
-from picogpt.recording import Recording, weights_digest
+from picogpt.recording import Recording, find_params
 from picogpt.tensor_files import MANIFEST, read_tensors_file
 from picogpt.trace import with_outs
 
 WIDTH = 100  # columns
 MAP = '{"their name": "blocks.0.hook_resid_post"}; names are in docs/implementing-gpt2.md, section 3'
 NORMS = {"ln1": "ln_1", "ln2": "ln_2", "ln_final": "ln_f"}
+
+
+SMALL = (
+    f"no operation that MINE recorded strays more than {TENFOLD:g} bands: a mistake too small to be named, or "
+    "an order of summation that none of our runs has"
+)
 
 
 class CompareError(PicogptError):
@@ -125,31 +129,6 @@ def _of(manifest: Mapping[str, Any]) -> str:
     return f"{manifest.get('text', ids)!r:.60} ({counted(ids, 'token')})" + f" by {name}" * bool(name)
 
 
-def find_params(recording: Recording, model_size: str | None, models_dir: str | None) -> dict[str, Any]:
-    """Return the weights with which a reference was recorded; they are not fetched.
-
-    Raises PicogptError if they are not here, or are others.
-    """
-    model = recording.manifest["model"]
-    name = model_size or model.get("name")
-    if not name:
-        raise CompareError("the reference does not say which model it is of: give --model_size")
-    try:
-        directory = find_model_dir(name, models_dir)
-    except ModelDirError:
-        if model_size:
-            raise
-        raise CompareError(
-            f"the recording is of {name}, which is not found here: give --model_size PATH"
-        ) from None
-    if directory is None:
-        raise CompareError(f"the weights of {name} are not here: give --models_dir, or --model_size and a path")
-    params = load_hparams_and_params(directory)[1]
-    if weights_digest(params) != model.get("sha256"):
-        raise CompareError(f"{directory} has other weights than the reference was recorded with (sha256)")
-    return params
-
-
 def isolate(found: Comparison, recording: Recording, params: Mapping[str, Any]) -> None:
     """Recompute each operation from their own inputs, and add how far their own outputs are from that.
 
@@ -191,21 +170,20 @@ def _normalized(values: Mapping[str, Any], params: Mapping[str, Any]) -> dict[st
 
 
 def diagnosed(found: Comparison, recording: Recording, params: Mapping[str, Any]) -> list[str]:
-    """Return what diagnose.py says of the differences. Raises CompareError if they have embedded other ids."""
+    """Return what diagnose.py says of the differences."""
     ids, n_head = recording.manifest["ids"], recording.manifest["model"]["hparams"]["n_head"]
-    if others := other_ids(found.rows, ids, params["wte"]):
-        raise CompareError(f"MINE is of other ids: {others!s:.40}, not {ids!s:.40}")
     arrays = {row.name: row.array for row in found.rows if row.array is not None and len(row.rows) == len(ids)}
     findings = diagnose(arrays, ids, params, n_head) if arrays else []
     if {mistake.rounds for finding in findings for mistake in finding.mistakes} - {found.half}:
         found.half = ""  # it is the mistake that explains it
     if arrays and not findings and not lacking(found.rows, len(ids)):
-        return ["no operation that MINE recorded is wrong by more than noise"]
+        return [SMALL]
     return [finding.say() for finding in findings]
 
 
-def table(found: Comparison) -> Iterator[str]:
-    """Yield the lines of the report, up to the first divergence."""
+def table(found: Comparison, explain: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """Yield the lines of the report, up to the first divergence; `explain` looks for its cause, which takes a
+    while, when they have been read."""
     width = max([len(row.name) for row in found.rows] + [20])
     yield f"   {'tensor':<{width}} {'shape':<12} {'in bands':>8}  {'worst at':<11} remarks"
     for n, row in enumerate(found.rows, 1):
@@ -218,8 +196,6 @@ def table(found: Comparison) -> Iterator[str]:
         some = ", ".join(map(ascii, found.unknown))
         mean = "means" if len(found.unknown) == 1 else "mean"
         yield f"{counted(found.unknown, 'name')} in MINE {mean} nothing here: {some:.50}"
-    for said in found.notes:
-        yield from textwrap.wrap(said, WIDTH, subsequent_indent="  ")
     if found.isolated:
         wrong = [row for row in found.isolated if not row.equal]
         worst = max(found.isolated, key=lambda row: row.multiple)
@@ -229,7 +205,8 @@ def table(found: Comparison) -> Iterator[str]:
         yield from textwrap.wrap(said, WIDTH, subsequent_indent="  ")
         for row in wrong:
             yield from row.lines(width, WIDTH, "right")
-    for said in found.diagnosis:
+    explain()
+    for said in [*found.notes, *found.diagnosis]:
         yield from textwrap.wrap(said, WIDTH, subsequent_indent="  ")
     first = found.first
     yield "EQUAL" if first is None else f"DIFFERENT, first in {first.name}: {first.times} bands"
@@ -283,6 +260,7 @@ def report(args: argparse.Namespace) -> int:
     if not (args.reference / MANIFEST).exists():
         raise CompareError(_no_recording(args.reference, args.mine))
     recording = Recording.load(args.reference)
+    ids = recording.manifest["ids"]
     if args.isolate and not recording.tensors:
         cure = "leave out --isolate, or record with --size full"
         raise CompareError(f"a smoke recording cannot be recomputed: {cure}")
@@ -303,14 +281,25 @@ def report(args: argparse.Namespace) -> int:
             params = find_params(recording, None, args.models_dir)
         except PicogptError as error:
             found.notes.append(f"no diagnosis: {error}")
-    if found.first and params is not None:
-        found.diagnosis = diagnosed(found, recording, params)
-    if (found.first or args.isolate) and not found.diagnosis:
-        found.notes += filter(None, [lacking(found.rows, len(recording.manifest["ids"]))])
-    if found.half:
-        said = f"what differs is no further off than {found.half} would be"
-        found.notes.append(f"{said}; if that is meant: --dtype {found.half}")
-    write(as_json(found) + "\n" if args.json else "".join(_coloured(line) + "\n" for line in table(found)))
+
+    if found.first and params is not None and (others := other_ids(found.rows, ids, params["wte"])):
+        raise CompareError(f"MINE is of other ids: {others!s:.40}, not {ids!s:.40}")
+
+    def explain() -> None:
+        if found.first and params is not None:
+            found.diagnosis = diagnosed(found, recording, params)
+        if (found.first or args.isolate) and not found.diagnosis:
+            found.notes += filter(None, [lacking(found.rows, len(ids))])
+        if found.half:
+            said = f"what differs is no further off than {found.half} would be"
+            found.notes.append(f"{said}; if that is meant: --dtype {found.half}")
+
+    if args.json:
+        explain()
+        write(as_json(found) + "\n")
+    else:
+        for line in table(found, explain):
+            write(_coloured(line) + "\n")
     return int(found.first is not None)
 
 
@@ -339,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model_size", help="the model, if it is elsewhere than when it was recorded")
     parser.add_argument("--models_dir", help="where models are looked for by name")
     args = parser.parse_args(argv)
-    return exit_status(lambda: report(args))
+    return exit_status(lambda: report(args), unread=2)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,9 @@ def write_model(directory: str | Path) -> None:
         "config.json": json.dumps(config, indent=2) + "\n",  # last: a directory with it is taken for whole
     }
     tensors = {hugging_face_name(name): tensor for name, tensor in formula_tensors().items()}
+    others = [name for name in (*texts, "model.safetensors") if (directory / name).exists()]
+    if others and not _is_ours(directory, texts):
+        raise CheckpointError(f"{directory / others[0]} is another model's: choose another directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,6 +127,13 @@ def write_model(directory: str | Path) -> None:
     for name, text in texts.items():
         with new_file(directory / name) as file:
             file.write(text.encode("utf-8"))
+
+
+def _is_ours(directory: Path, texts: Mapping[str, str]) -> bool:
+    """Whether nothing there is lost when the formula model is written."""
+    with suppress(OSError, UnicodeDecodeError):
+        return (directory / "config.json").read_text("utf-8") == texts["config.json"]
+    return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -121,7 +121,11 @@ def _isolated_run(values: Trace, ids, params, n_head: int) -> Trace:
     def tap(name, x):
         computed[name] = np.array(x)
         value = values.get(name)
-        return x if value is None else value.astype(x.dtype).view(type(x))
+        if value is None:
+            return x
+        value = value.astype(x.dtype).view(type(x))
+        # Where scores are masked others have what they like.
+        return np.where(np.isneginf(x), x, value).view(type(x)) if name.endswith("scores") else value
 
     gpt2(ids, **with_taps(params, tap), n_head=n_head)
     return with_outs(computed, params)

@@ -3,11 +3,13 @@
 Expectations come from the one forward pass in float64, the encoder and the sampler; tolerances from noise.py.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from picogpt import PicogptError
 from picogpt.encoder import Encoder
 from picogpt.model import gpt2
 from picogpt.noise import noise_bands
@@ -70,10 +72,23 @@ DRAWS = (
     *((LARGE, temperature, 0, 40, rank) for temperature in (0.7, 1.5) for rank in (-1, 0, 20, 39)),
     *((LARGE, temperature, 30, 9, rank) for temperature in (0.7, 1.5) for rank in (-1, 0, 4, 8)),
 )
+OPENAIS = "this is OpenAI's rule (src/sample.py): the token that crosses top_p is dropped; here it stays"
 
 
 class Difference(Exception):
     """An answer that is not what it should be; the message says how, in lines."""
+
+
+class WrongLogits(Difference):
+    """Logits outside the noise band; an operation is wrong, unless a remark tells how they came about."""
+
+    def __init__(self, message: str, remark: str = ""):
+        super().__init__(f"{message}\n{remark}" if remark else message)
+        self.remark = remark
+
+
+class WrongCount(Difference):
+    """More or fewer logits than the model has tokens."""
 
 
 class Case(NamedTuple):
@@ -83,11 +98,40 @@ class Case(NamedTuple):
     numbers: Sequence[float]
     judge: Callable[[list[Any]], float] = lambda answer: 0.0
     about: str = ""
+    ids: Sequence[int] = ()  # of logits: all that the model has read, with what is in its cache
 
     def request(self) -> str:
         """The line that is sent. No number has an exponent."""
         numbers = (str(x) if isinstance(x, int) else f"{x:.6f}".rstrip("0").rstrip(".") for x in self.numbers)
         return " ".join([self.word, str(len(self.numbers)), *numbers])
+
+
+class ConformError(PicogptError):
+    """A program that cannot be checked: it is missing, dies, hangs, or does not speak the protocol."""
+
+
+class Hang(ConformError):
+    """No answer for a long time."""
+
+
+class Result(NamedTuple):
+    """What came of a level; error is what ended it early, and case what was asked then."""
+
+    n_answers: int
+    worst: float  # error in noise bands
+    unknown: list[str]  # words answered by `?`
+    error: Exception | None = None
+    case: Case = Case("", ())
+
+    def same_as(self, other: "Result", right: set[tuple[int, ...]]) -> bool:
+        """Whether this is but the other's failure again, and nothing that had been right is wrong now."""
+        if isinstance(self.error, WrongLogits) and isinstance(other.error, WrongLogits):
+            return self.error.remark == other.error.remark and (*self.case.ids,) not in right
+        reasons = [re.sub("`.*?`", "", str(error)) for error in (self.error, other.error)]
+        return isinstance(self.error, ConformError) and reasons[0] == reasons[1]
+
+    def of_another_model(self, right: set[tuple[int, ...]]) -> bool:
+        return isinstance(self.error, WrongCount) and not right
 
 
 class Reference:
@@ -127,22 +171,24 @@ class Reference:
             truth = self.truth(ids)
             wanted = truth[rows]
             if len(answer) != wanted.size:
-                shape = "n_vocab times the number of ids" if len(wanted) > 1 else "n_vocab"
+                if len(wanted) == 1:
+                    raise WrongCount(f"answers {len(answer):,} logits, the model has {wanted.size:,}")
+                shape = "n_vocab times the number of ids"
                 raise Difference(f"expected {wanted.size:,} numbers, {shape}\nfound    {len(answer):,}")
             found = np.array(answer).reshape(wanted.shape)
             errors = _errors(found, wanted) / self.band(ids)
             if errors.max() > 1:
                 row = int((errors > 1).any(axis=1).argmax())
                 position = range(len(ids))[rows][row]
-                raise Difference(self._how(ids, position, found[row]))
+                raise self._how(ids, position, found, row)
             return float(errors.max())
 
         return judge
 
-    def _how(self, ids: Sequence[int], position: int, found: Any) -> str:
+    def _how(self, ids: Sequence[int], position: int, rows: Any, row: int) -> WrongLogits:
         """Say how a row of logits differs."""
         truth, band = self.truth(ids), self.band(ids)
-        wanted = truth[position]
+        wanted, found = truth[position], rows[row]
         errors = _errors(found, wanted)
         others = [i for i, row in enumerate(truth) if _errors(found, row).max() <= band]
         with np.errstate(invalid="ignore"):
@@ -155,11 +201,14 @@ class Reference:
             "expected " + " ".join(f"{x:.9g}" for x in wanted[:5]) + " ...",
             "found    " + " ".join(f"{x:.9g}" for x in found[:5]) + " ...",
         ]
+        remark = ""
         if others:
-            lines.append(f"these are the logits after position {others[0]}")
+            remark = f"these are the logits after position {others[0]}"
         elif np.abs(offset).max() <= 2 * band:
-            lines.append("the whole row is off by one constant: are these log-probabilities?")
-        return "\n".join(lines)
+            remark = "the whole row is off by one constant: are these log-probabilities?"
+        elif digits := _few_digits(rows, band):
+            remark = f"your numbers have {digits}: print %.9g"
+        return WrongLogits("\n".join(lines), remark)
 
     def continues(self, prompt: Sequence[int], n: int) -> Callable[[list[int]], float]:
         """A judge for `n` greedy ids: each is scored after those that the program itself chose before it."""
@@ -187,14 +236,28 @@ def _errors(found: Any, wanted: Any) -> Any:
     return np.where(np.isnan(errors), np.inf, errors)
 
 
-def same(expected: list[int]) -> Callable[[list[int]], float]:
-    """A judge for whole numbers that must be equal."""
+def _few_digits(x: Any, band: float) -> str:
+    """Say how many digits all numbers have, if so few that printing them has cost more than noise does."""
+    largest = np.abs(x).max(initial=0.0)
+    if 0 < largest < np.inf:
+        leading = 10.0 ** np.floor(np.log10(largest))
+        for n in range(7):  # a unit in the last place that is less than the band does no harm
+            if 10.0**-n > band and all(float(f"{v:.{n}f}") == v for v in x.flat):
+                return f"{n} decimal{'s' * (n != 1)}"
+            if 10.0**-n * leading > band and all(float(f"{v:.{n}e}") == v for v in x.flat):
+                return f"{n + 1} digit{'s' * (n != 0)}"
+    return ""
+
+
+def same(expected: list[int], otherwise: int | None = None, rule: str = "") -> Callable[[list[int]], float]:
+    """A judge for whole numbers that must be equal; `rule` is what gives the one number `otherwise`."""
 
     def judge(found: list[int]) -> float:
         if found != expected:
             pairs = zip(expected, found, strict=False)
             first = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(expected), len(found)))
-            raise Difference(f"expected {_some(expected, first)}\nfound    {_some(found, first)}")
+            said = f"\n{rule}" if found == [otherwise] else ""
+            raise Difference(f"expected {_some(expected, first)}\nfound    {_some(found, first)}{said}")
         return 0.0
 
     return judge
@@ -222,25 +285,25 @@ def tokenizer(reference: Reference) -> Iterator[Case]:
 def last_position(reference: Reference) -> Iterator[Case]:
     """One id, which needs no attention; then more."""
     for ids in reference.prompts:
-        yield Case("logits", ids, reference.near(ids, slice(-1, None)))
+        yield Case("logits", ids, reference.near(ids, slice(-1, None)), ids=ids)
 
 
 def all_positions(reference: Reference) -> Iterator[Case]:
     """The same prompts, whole."""
     for ids in reference.prompts:
-        yield Case("all_logits", ids, reference.near(ids, slice(None)))
+        yield Case("all_logits", ids, reference.near(ids, slice(None)), ids=ids)
 
 
 def cached(reference: Reference) -> Iterator[Case]:
     """Every way to begin: with one id, with a few, with all but one; each time the cache begins anew."""
     for ids in reference.prompts:
         for n in sorted({1, 2, 5, len(ids) - 1} & {*range(1, len(ids))}):
-            yield Case("start", ids[:n], reference.near(ids, slice(n - 1, n)))
+            yield Case("start", ids[:n], reference.near(ids, slice(n - 1, n)), ids=ids[:n])
             for i in range(n, len(ids)):
                 about = (
                     f"step {i - n + 1} after `start` with the ids {_some(ids[:n])}; so it is at position {i}"
                 )
-                yield Case("step", [ids[i]], reference.near(ids, slice(i, i + 1)), about)
+                yield Case("step", [ids[i]], reference.near(ids, slice(i, i + 1)), about, ids[: i + 1])
 
 
 def greedy_text(reference: Reference) -> Iterator[Case]:
@@ -253,20 +316,26 @@ def greedy_text(reference: Reference) -> Iterator[Case]:
 
 def sampling(_: Reference) -> Iterator[Case]:
     """The recipe of sampling.py, away from its borders: float32 and float64 must agree."""
+    decided = False
     for logits, temperature, top_k, n_kept, rank in DRAWS:
-        top_p, u = 1.0, 0.5
+        top_p, u, openais = 1.0, 0.5, None
         if temperature:
             p = probabilities(logits, temperature, top_k or None)
+            falling = np.sort(p)[::-1]
+            fewer = np.where(p >= falling[max(n_kept - 2, 0)], p, 0.0)  # by one, but equals stay
             if n_kept:  # between the sums of n_kept - 1 and of n_kept tokens
-                sums = np.cumsum([0.0, *np.sort(p)[::-1]])
+                sums = np.cumsum([0.0, *falling])
                 top_p = round(float(sums[n_kept - 1] + sums[n_kept]) / 2, 6)
             p = probabilities(logits, temperature, top_k or None, top_p)
             chosen = int(np.argsort(-p, kind="stable")[rank])
             # In the middle of that token's share; rank -1 is the border that every program has exactly.
             u = round(float((p[:chosen].sum() + p[chosen] / 2) / p.sum()), 6) if rank >= 0 else 0.0
+            openais = draw(fewer, u) if n_kept else None
         wanted = draw(p, u) if temperature else greedy(np.array(logits))
         about = f"temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}, u {u:g}"
-        yield Case("sample", [temperature, top_k, top_p, u, *logits], same([wanted]), about)
+        judge = same([wanted], None if decided else openais, OPENAIS)
+        yield Case("sample", [temperature, top_k, top_p, u, *logits], judge, about)
+        decided |= openais not in (None, wanted)  # whoever answers the first such case rightly has our rule
 
 
 LEVELS = {

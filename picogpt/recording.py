@@ -18,15 +18,19 @@ from typing import Any
 import numpy as np
 
 from picogpt import PicogptError, __version__
+from picogpt.checkpoint import load_hparams_and_params
 from picogpt.hugging_face import parse_object
 from picogpt.machine import blas, cores
-from picogpt.noise import noise_bands, projection, total
-from picogpt.tensor_bundle import CheckpointError, new_file, reading
-from picogpt.tensor_files import TensorFileError, read_tensors_file, write_safetensors
+from picogpt.model_dirs import ModelDirError, find_model_dir
+from picogpt.names import names
+from picogpt.noise import HALVES, noise_bands, projection, total
+from picogpt.tensor_bundle import CheckpointError, new_file, read_small_file, reading
+from picogpt.tensor_files import MANIFEST, TRACE, TensorFileError, read_tensors_file, write_safetensors
 from picogpt.trace import run_with_trace, tree_map, with_outs
 
 FORMAT = "picogpt trace 1"
 SIZES = ("full", "tiny", "smoke")
+HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 SMOKE = (
     *("embed", "blocks.0.hook_resid_pre", "ln1.hook_out", "hook_q", "hook_k", "hook_v", "hook_z", "resid_mid"),
     *("hook_post", "resid_post", "ln_final.hook_out", "logits"),
@@ -45,15 +49,19 @@ class Recording:
     tensors: dict[str, Any] = field(default_factory=dict)
 
     def save(self, directory: str | Path) -> None:
-        """Write the files, the manifest last. Raises RecordingError where that is not possible."""
+        """Write the files, the manifest last; an older recording there is replaced.
+
+        Raises RecordingError where that is not possible, or where files of those names are somebody else's.
+        """
         directory = Path(directory)
+        _check_ours(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / "manifest.json").unlink(missing_ok=True)
-            (directory / "trace.safetensors").unlink(missing_ok=True)
+            for name in (MANIFEST, TRACE):
+                (directory / name).unlink(missing_ok=True)
             if self.tensors:
-                write_safetensors(directory / "trace.safetensors", self.tensors, {"format": FORMAT})
-            with new_file(directory / "manifest.json") as file:
+                write_safetensors(directory / TRACE, self.tensors, {"format": FORMAT})
+            with new_file(directory / MANIFEST) as file:
                 file.write(_as_json(self.manifest).encode())
         except (OSError, CheckpointError) as error:
             raise RecordingError(f"cannot write {directory}: {error}: give -o another directory") from error
@@ -61,19 +69,44 @@ class Recording:
     @classmethod
     def load(cls, directory: str | Path) -> "Recording":
         """Read what `save` has written. Raises RecordingError for what is missing or damaged."""
-        path = Path(directory) / "manifest.json"
+        path = Path(directory) / MANIFEST
         try:
             with reading(path):
-                manifest = parse_object(path.read_bytes())
+                manifest = parse_object(read_small_file(path))
                 _check(manifest)
-            smoke = manifest.get("size") == "smoke"
-            tensors = {} if smoke else read_tensors_file(Path(directory) / "trace.safetensors")
+            smoke = manifest["size"] == "smoke"
+            tensors = {} if smoke else read_tensors_file(Path(directory) / TRACE)
         except (CheckpointError, TensorFileError) as error:
-            raise RecordingError(str(error)) from error
+            raise RecordingError(str(error).replace("fetch it again", "record it again")) from error
         for name, says in manifest["tensors"].items() if tensors else ():
             if name not in tensors or _digest(tensors[name]) != says.get("sha256"):
                 raise RecordingError(f"{directory}: {name} is not what the manifest says: record it again")
         return cls(manifest, tensors)
+
+
+def find_params(recording: Recording, model_size: str | None, models_dir: str | None) -> dict[str, Any]:
+    """Return the weights with which a reference was recorded; they are not fetched.
+
+    Raises PicogptError if they are not here, or are others.
+    """
+    model = recording.manifest["model"]
+    name = model_size or model.get("name")
+    if not name:
+        raise RecordingError("the reference does not say which model it is of: give --model_size")
+    try:
+        directory = find_model_dir(name, models_dir)
+    except ModelDirError:
+        if model_size:
+            raise
+        raise RecordingError(
+            f"the recording is of {name}, which is not found here: give --model_size PATH"
+        ) from None
+    if directory is None:
+        raise RecordingError(f"the weights of {name} are not here: give --model_size and a path")
+    params = load_hparams_and_params(directory)[1]
+    if weights_digest(params) != model.get("sha256"):
+        raise RecordingError(f"{directory} has other weights than the reference was recorded with (sha256)")
+    return params
 
 
 def record(
@@ -185,15 +218,60 @@ def _as_json(manifest: dict[str, Any]) -> str:
     return "{\n" + "".join(lines) + ' "tensors": {\n' + ",\n".join(rows) + "\n }\n}\n"
 
 
+def _check_ours(directory: Path) -> None:
+    """Raise RecordingError if files would be replaced that are no recording."""
+    found = [name for name in (MANIFEST, TRACE) if (directory / name).exists()]
+    try:
+        ours = not found or parse_object(read_small_file(directory / MANIFEST)).get("format") == FORMAT
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise RecordingError(f"{directory / found[0]} is no recording of ours: give -o another directory")
+
+
 def _check(manifest: dict[str, Any]) -> None:
-    """Raise ValueError unless everything is there that a comparison asks for."""
-    model = manifest.get("model")
-    parts = manifest.get("ids"), manifest.get("positions"), manifest.get("tensors"), model
+    """Raise ValueError unless everything is there that a comparison asks for, and fits together."""
     if manifest.get("format") != FORMAT:
         raise ValueError(f'its "format" is not {FORMAT!r}: record it with picogpt.trace')
-    if not all(isinstance(part, kind) for part, kind in zip(parts, (list, list, dict, dict), strict=True)):
-        raise ValueError("damaged: it lacks ids, positions, tensors or model; record it again")
-    for name, says in manifest["tensors"].items():
-        band = says.get("band") if isinstance(says, dict) else None
-        if not isinstance(band, dict) or not {"float32", "sum", "projection"} <= band.keys():
-            raise ValueError(f"damaged: {name} has no band; record it again")
+    size, ids, tensors = manifest.get("size"), manifest.get("ids"), manifest.get("tensors")
+    model = manifest["model"] if isinstance(manifest.get("model"), dict) else {}
+    hparams = model.get("hparams")
+    if not isinstance(hparams, dict) or not all(_is_count(hparams.get(key)) for key in HPARAMS):
+        raise ValueError(f"damaged: it does not say the {', '.join(HPARAMS)} of the model; record it again")
+    if not isinstance(model.get("name"), str | None):
+        raise ValueError("damaged: the model's name is no text; record it again")
+    if not isinstance(ids, list) or not ids or not all(_is_count(i, 0, hparams["n_vocab"]) for i in ids):
+        raise ValueError("damaged: its ids are not tokens of the model; record it again")
+    if size not in SIZES or manifest.get("positions") != rows_of(size, len(ids)):
+        raise ValueError("damaged: its positions are not those of its size; record it again")
+    shapes = dict(shapes_of(hparams, len(ids))) if hparams["n_layer"] <= len(tensors or ()) else {}
+    if not isinstance(tensors, dict) or not tensors or not tensors.keys() <= shapes.keys():
+        raise ValueError("damaged: its tensors are not those of the model; record it again")
+    for name, says in tensors.items():
+        _check_tensor(name, says, shapes[name], smoke=size == "smoke")
+
+
+def _check_tensor(name: str, says: Any, shape: list[int], smoke: bool) -> None:
+    kinds = ("float32", "sum", "projection") if smoke else ("float32", "sum", "projection", "isolated", *HALVES)
+    numbers = ("sum", "projection") if smoke else ("sum", "projection", "mean", "std", "largest")
+    if not isinstance(says, dict) or says.get("shape") != shape:
+        raise ValueError(f"damaged: {name} is not {shape}; record it again")
+    band, first = says.get("band"), says.get("first")
+    values = [says.get(key) for key in numbers] + (first if isinstance(first, list) else [None])
+    if not isinstance(band, dict) or not band.keys() >= set(kinds):
+        raise ValueError(f"damaged: {name} has no band; record it again")
+    values += [band[kind] for kind in kinds if kind not in HALVES or band[kind] is not None]
+    if not all(isinstance(x, int | float) and abs(x) < float("inf") for x in values):
+        raise ValueError(f"damaged: what it says of {name} are no numbers; record it again")
+
+
+def _is_count(x: Any, least: int = 1, most: int = 1 << 24) -> bool:
+    return type(x) is int and least <= x < most
+
+
+def shapes_of(hparams: Mapping[str, int], n_seq: int) -> Iterator[tuple[str, list[int]]]:
+    """Yield the name and shape of every intermediate of a text of `n_seq` tokens."""
+    sizes = {**hparams, "n_seq": n_seq, "1": 1, "4*n_embd": 4 * hparams["n_embd"]}
+    sizes["d"] = hparams["n_embd"] // hparams["n_head"]
+    for name in names(hparams["n_layer"]):
+        yield name.hook, [sizes[axis] for axis in name.shape.split(", ")]

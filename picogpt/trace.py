@@ -101,6 +101,8 @@ def report(args: argparse.Namespace) -> None:
     from picogpt.recording import record
 
     encoder, hparams, params = load_encoder_hparams_and_params(args.model_size, args.models_dir)
+    if not args.output.name:
+        raise UsageError("-o is empty: give a directory to write to")
     if args.ids and args.text is not None:
         raise UsageError("a text and --ids were given: give one of them")
     if not args.ids:

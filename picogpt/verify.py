@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="a model directory, or the name of a model")
     parser.add_argument("--models_dir", help="where models are looked for by name")
     args = parser.parse_args(argv)
-    return exit_status(lambda: report(args.model, args.models_dir))
+    return exit_status(lambda: report(args.model, args.models_dir), unread=2)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A GPT-2 in plain Python that speaks the protocol of docs/conform.md: `python port.py MODEL_DIR [FAULT]`.
 
 It shares nothing with picogpt: it reads Hugging Face's files itself, one token at a time, in Python's floats.
-With FAULT it makes one mistake; `fault("name")` marks each place.
+With FAULT it makes one mistake, or several with + between them; `fault("name")` marks each place.
 """
 
 import json
@@ -14,12 +14,13 @@ from itertools import pairwise
 from operator import add, mul
 from pathlib import Path
 
-directory, planted = Path(sys.argv[1]), [*sys.argv, ""][2]
+directory, planted = Path(sys.argv[1]), [*sys.argv, ""][2].split("+")
 EPS = 1e-5
+FLOATS = ("logits", "all_logits", "start", "step")
 
 
 def fault(name):
-    return planted == name
+    return name in planted
 
 
 def read_weights():
@@ -115,8 +116,8 @@ def layer_norm(x, name):
     return plus(x, weights[f"{name}.bias"])
 
 
-def gelu(x):
-    if fault("erf_gelu"):
+def gelu(x, layer):
+    if fault("erf_gelu") or fault(f"erf_gelu_{layer}"):
         return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
     return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -149,13 +150,17 @@ def step(token, cache, position=None):
     for i, (keys, values) in enumerate(cache):
         z = attention(linear(layer_norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn"), keys, values)
         x = plus(x, linear(z, f"h.{i}.attn.c_proj"))
-        a = [gelu(v) for v in linear(layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")]
+        a = linear(layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        n = fault("gelu_starts_at_1")
+        a = a[:n] + [gelu(v, i) for v in a[n:]]
         x = plus(x, linear(a, f"h.{i}.mlp.c_proj"))
+    if fault("late") and position > 20:
+        x[0] += 1
     x = layer_norm(x, "ln_f")
     logits = [dot(x, row) for row in weights["wte.weight"]]
     if fault("log_probabilities"):
         logits = [math.log(p) for p in softmax(logits)]
-    return logits
+    return logits[:256] if fault("another_model") else logits
 
 
 def new_cache():
@@ -215,6 +220,8 @@ def sample(temperature, top_k, top_p, u, logits):
 def answer(word, x):
     global cache
     ids = [int(v) for v in x]
+    if fault(f"dies_at_{word}"):
+        sys.exit("port.py: out of luck")
     if word == "encode":
         return encode(bytes(ids).decode())
     if word == "decode":
@@ -258,7 +265,7 @@ def misbehave(line, n_asked):
         "one_less": line.partition(b" ")[2],
         "one_more": b"0 " + line,
     }
-    return b"1 " * (1 << 25) if fault("endless") else wrong.get(planted, line)
+    return b"1 " * (1 << 25) if fault("endless") else wrong.get(planted[0], line)
 
 
 config = json.loads((directory / "config.json").read_text())
@@ -271,17 +278,16 @@ tokens = {i: token for token, i in vocabulary.items()}
 merges = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
 ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(merges)}
 cache = new_cache()
-unknown = planted.partition(":")[2].split(",")  # unknown:encode,sample
+unknown = [word for name in planted for word in name.partition(":")[2].split(",")]  # unknown:encode,sample
+form = "%.4g" if fault("four_digits") else "%.4f" if fault("four_decimals") else "%.9g"
 
 if __name__ == "__main__":
     for n_asked, line in enumerate(sys.stdin, 1):
         word, n, *numbers = line.split()
         if int(n) != len(numbers):
             sys.exit(f"{n} numbers promised, {len(numbers)} came")
-        found = None if word in unknown or planted == "unknown" else answer(word, [float(v) for v in numbers])
-        text = (
-            "?" if found is None else " ".join(("%.4g" if fault("four_digits") else "%.9g") % v for v in found)
-        )
+        found = None if word in unknown or fault("unknown") else answer(word, [float(v) for v in numbers])
+        text = "?" if found is None else " ".join((form if word in FLOATS else "%d") % v for v in found)
         sys.stdout.buffer.write(misbehave(text.encode() + b"\n", n_asked))
         if not fault("no_flush"):
             sys.stdout.flush()

@@ -6,6 +6,7 @@ The program is port.py, which shares nothing with the package and makes one mist
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from models import random_params, transformers_model, transformers_names
-from picogpt import conform, formula, get_encoder, load_encoder_hparams_and_params
+from picogpt import compare, conform, formula, get_encoder, load_encoder_hparams_and_params, trace
 from picogpt.sampling import draw, greedy, probabilities
 
 PORT = str(Path(__file__).with_name("port.py"))
@@ -92,6 +93,9 @@ FAULTS = {
     "positions_from_1": 2,
     "log_probabilities": 2,
     "four_digits": 2,
+    "four_decimals": 2,
+    "gelu_starts_at_1": 2,
+    "another_model": 2,
     "rows_shifted": 3,
     "cache_kept": 4,
     "cache_position_0": 4,
@@ -115,10 +119,16 @@ def test_a_mistake_is_caught_at_the_level_where_it_belongs(fault, check, monkeyp
     before = {str(level - 1): "passed"} if level > 2 else {}
     status, out, _ = check(fault, ",".join([*before, str(level)]))
     assert verdicts(out) == before | {str(level): "FAILED"}
-    assert status == 1 and f"see docs/conform.md, level {level}\nLevel {level} is the first that differs" in out
+    assert status == 1 and f"Level {level} is the first that differs: begin there.\n" in out
+    assert fault == "another_model" or f"    see docs/conform.md, level {level}\n" in out
     # The report names the request and both numbers.
     assert re.search(r"^    `[a-z_]+ \d+ .*`?$", out, re.MULTILINE)
-    assert re.search(r"expected .*\d", out) and re.search(r"found .*\d", out)
+    assert fault == "another_model" or re.search(r"expected .*\d.*\n    found .*\d", out)
+    assert ("this is OpenAI's rule" in out) == (fault == "top_p_of_openai")
+    assert ("does start empty the cache?" in out) == (fault == "cache_kept")
+    assert re.findall(r"your numbers have (.*): print %.9g", out) == (
+        [fault.replace("_", " ").replace("four", "4")] if fault.startswith("four") else []
+    )
 
 
 def test_a_report_can_be_read(check, monkeypatch):
@@ -139,6 +149,7 @@ def test_a_report_can_be_read(check, monkeypatch):
     [
         ("erf_gelu", 2, "hook_post is erf GELU"),
         ("eps_1e-6", 3, "ln1.hook_scale has eps 1e-6"),
+        ("erf_gelu_1", 2, "your blocks.1.mlp.hook_post is erf GELU, in layer 1 only"),
         ("cache_position_0", 4, "hook_pos_embed has position 0 for every token after the prompt"),
         ("rows_shifted", 3, ""),
         ("log_probabilities", 2, ""),
@@ -159,8 +170,9 @@ def test_a_vocabulary_of_gpt2s(gpt2_vocabulary, capfd):
     assert sum(case.word == "decode" for case in cases) > 50257  # all but those that are parts of characters:
     assert sum(case.word == "encode" for case in cases) > 49000
     with conform.Program([sys.executable, PORT, gpt2_vocabulary], 60) as program:
-        some = [*cases[:40], *cases[40::97]]  # all take half a minute
-        assert conform.run_level(program, iter(some)) == (len(some), 0.0, [], "")
+        some = [*cases[:40], *cases[40::397]]  # all take half a minute
+        result = conform.run_level(program, iter(some), set())
+        assert (result.n_answers, result.error) == (len(some), None)
 
 
 def test_a_program_need_not_know_every_word(check):
@@ -184,7 +196,6 @@ def test_a_program_need_not_know_every_word(check):
     {
         "dies": "ended with exit status 1 when it was asked `encode 72 84",
         "hangs": "116 1...` within 1 s: did it flush standard output?",
-        "no_flush": "no answer to `encode 0` within 1 s: did it flush standard output?",
         "no_end": "within 1 s",
         "not_utf8": r"was answered '\\xff\\xfe', not by a line of whole numbers",
         "chatter": "was answered 'loading the model, please wait', not by a line of whole numbers",
@@ -195,25 +206,140 @@ def test_a_program_need_not_know_every_word(check):
 def test_a_program_that_breaks_the_protocol(fault, said, check, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     status, out, err = check(fault, "1", "--timeout", "1")
-    last = err.splitlines()[-1]
+    assert status == 1 and re.match(r"1 tokenizer        FAILED  [23] answers\n    ", out)
+    assert said in out.splitlines()[1]
+    assert err == ("port.py: out of luck\n" if fault == "dies" else "")  # its own last words are shown
+    status, out, err = check("no_flush", "1", "--timeout", "1")
+    assert status == 2 and "no answer to `encode 0` within 1 s: did it flush standard output?" in err
+
+
+def test_a_program_that_breaks_off_is_started_again(check, monkeypatch):
+    monkeypatch.setattr(conform, "explain", lambda *_: ())
+    status, out, _ = check("dies_at_encode", "1,2,6")
+    assert status == 1 and verdicts(out) == {"1": "FAILED", "2": "passed", "6": "passed"}
+    status, out, _ = check("dies", "1,2,6")
+    assert status == 1 and verdicts(out) == dict.fromkeys("126", "FAILED")
+    assert out.count("ended with exit status 1") == 1 and out.count("\n    as level 1\n") == 2
+    begin = time.monotonic()
+    status, out, _ = check("hangs", "1,2,3,4,5,6", "--timeout", "1")
+    assert status == 1 and [*verdicts(out)] == ["1", "2"] and time.monotonic() - begin < 30
+    assert "It has hung twice: no more is asked.\n" in out
+
+
+def test_a_program_that_breaks_off_while_its_mistake_is_looked_for(check):
+    status, out, _ = check("erf_gelu+dies_at_all_logits", "2,6")
+    assert status == 1 and verdicts(out) == {"2": "FAILED", "6": "passed"}
+    assert "exit status 1 when it was asked `all_logits" in out
+
+
+@ONLY_POSIX
+def test_programs_that_broke_off_are_gone(tmp_path, capfd):
+    script = f"echo $$ >> {tmp_path}/pids; read -r line; echo 1; sleep 60 >&- & echo $! >> {tmp_path}/pids"
+    assert conform.main(["--levels", "1,5,6", "--", "sh", "-c", script]) == 1
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 4 and all(gone(pid) for pid in pids) and "Z" not in states(pids[::2])
+    capfd.readouterr()
+
+
+def test_a_failure_is_told_once(check, monkeypatch):
+    monkeypatch.setattr(conform, "explain", lambda *_: ["likely: x"])
+    for fault in ("erf_gelu", "log_probabilities", "four_decimals"):
+        _, out, _ = check(fault, "2,3,4")
+        assert verdicts(out) == dict.fromkeys("234", "FAILED")
+        for name in ("3 all positions  ", "4 cached decoding"):
+            assert re.search(rf"^{name}  FAILED  1 answers\n    as level 2\n(?!  )", out, re.MULTILINE)
+    # A cache that is wrong where the logits had been right is another failure.
+    _, out, _ = check("late+cache_position_0", "2,3,4")
+    assert out.count("as level 2") == 1 and "`step 1 51`" in out and "see docs/conform.md, level 4" in out
+
+
+def test_a_program_that_runs_another_model_is_asked_no_more(check):
+    status, out, _ = check("another_model", "2,3,4,5,6")
+    assert status == 1 and [*verdicts(out)] == ["2"]
     assert (
-        status == 2
-        and out in ("", "1 tokenizer        stopped\n")
-        and last.startswith("picogpt: ")
-        and said in last
+        "answers 256 logits, the model has 512: does your program run the same model (the formula model" in out
     )
-    assert ("out of luck" in err) == (fault == "dies")  # its own last words are shown
+
+
+def test_the_next_step_is_said_and_can_be_typed(check, model, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(conform, "SECONDS", 0)
+    directory = shlex.quote(model)
+    monkeypatch.setattr(conform, "load_encoder_hparams_and_params", lambda *_: (None, None, None))
+    for fault, options in (("late", ()), ("gelu_starts_at_1", ("--model_size", model))):
+        out = check(fault, "2", *options)[1]
+        said = out[out.index("no known mistake gives these logits") :].splitlines()
+        commands = [shlex.split(line) for line in said if line.startswith("        python -m ")]
+        assert [words[2] for words in commands] == [
+            *["picogpt.formula"] * (not options), "picogpt.trace", "picogpt.compare",
+        ]  # fmt: skip
+        assert f"--model_size {directory if options else 'formula'} -o truth" in out
+        assert "    docs/implementing-gpt2.md, section 7\n" in out
+        mains = {"formula": formula.main, "trace": trace.main, "compare": compare.main}
+        for words in commands:
+            argv = ["truth" if word == "MINE" else word for word in words[3:]]
+            assert mains[words[2].partition(".")[2]](argv) == 0
+        assert f" of {1 if options else 64} tokens through" in capfd.readouterr().err
+
+
+def test_all_logits_are_asked_for_where_mistakes_are_looked_for(check):
+    out = check("erf_gelu+unknown:all_logits", "2")[1]
+    assert "    answer all_logits, too, and known mistakes can be looked for\n" in out and "trace" not in out
+
+
+def test_digits_are_counted(reference):
+    truth = reference.truth([0])
+    judge = reference.near([0], slice(None))
+    forms = {
+        ".2f": "2 decimals",
+        ".1f": "1 decimal:",
+        ".0f": "0 decimals",
+        ".3g": "3 digits",
+        ".2e": "3 digits",
+    }
+    for form, said in forms.items():
+        with pytest.raises(conform.WrongLogits, match=f"your numbers have {said}"):
+            judge([float(format(x, form)) for x in truth.ravel()])
+    assert judge([float(f"{x:f}") for x in truth.ravel()]) < 1  # six decimals will do
+    for wrong in (truth * 1.01, truth * 0, np.full_like(truth, np.nan), np.full_like(truth, np.inf)):
+        with pytest.raises(conform.WrongLogits) as error:
+            judge(wrong.ravel().tolist())
+        assert error.value.remark == ""
+
+
+def test_help_says_where_the_protocol_is_and_which_model_is_meant(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        conform.main(["--help"])
+    out = capfd.readouterr().out
+    assert (
+        "docs/conform.md" in out and "(the formula model, which `python -m picogpt.formula DIR` writes)" in out
+    )
+
+
+def test_the_reports_on_the_page_are_what_is_printed(check, monkeypatch):
+    """But for the digits of what is measured."""
+    monkeypatch.setattr(conform, "SECONDS", 0)
+    shown = re.findall(r"((?:^    .*\n)+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    reports = [re.sub("^    ", "", block, flags=re.MULTILINE) for block in shown if "FAILED" in block]
+    blank = re.compile(r"-?\d+\.\d[\de+-]*")
+    for report, fault, levels in zip(reports, ("erf_gelu", "gelu_starts_at_1"), ("1,2,3", "2"), strict=True):
+        assert blank.sub("#", check(fault, levels)[1]) == blank.sub("#", report)
 
 
 def test_an_answer_without_end(check, monkeypatch):
     monkeypatch.setattr(conform, "MOST_BYTES", 1 << 16)
-    status, _, err = check("endless", "1")
-    assert status == 2 and "has 65,536 bytes and no end" in err
+    status, out, _ = check("endless", "1")
+    assert status == 1 and "has 65,536 bytes and no end" in out
 
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("nan", "found nan, inf times"), ("one_less", "found    511"), ("one_more", "found    513")],
+    [
+        ("nan", "found nan, inf times"),
+        ("one_less", "answers 511 logits, the model has 512\n"),
+        ("one_more", "answers 513 logits"),
+    ],
 )
 def test_logits_that_are_none(fault, said, check):
     status, out, _ = check(fault, "2")
@@ -234,9 +360,12 @@ def test_logits_that_are_none(fault, said, check):
 def test_a_program_that_does_not_run(command, said, capfd):
     if os.name == "nt" and "signal" in said:
         pytest.skip("Windows has no signals to be stopped by")
-    assert conform.main(["--", *command]) == 2
+    assert conform.main(["--levels", "1,2", "--", *command]) == 2
     out, err = capfd.readouterr()
-    assert out in ("", "1 tokenizer        stopped\n") and said in err and err.count("\n") == 1
+    assert said in err and err.count("\n") == 1
+    reason = err.removeprefix("picogpt: ") + "    see docs/conform.md, level 1\n"
+    failed = f"1 tokenizer        FAILED\n    {reason}2 logits           FAILED\n    as level 1\n"
+    assert out == ("" if "cannot start" in said else failed)
 
 
 def test_a_command_line_that_cannot_be_used(capfd):
@@ -281,10 +410,16 @@ def test_at_the_end_nothing_is_left_and_a_bad_end_is_said(capfd, monkeypatch, tm
         assert gone(int((tmp_path / "pid").read_text()))
 
 
+def states(pids):
+    """What ps says of processes: Z is one that nobody has waited for."""
+    numbers = ",".join(map(str, pids))
+    return subprocess.run(["ps", "-o", "stat=", "-p", numbers], capture_output=True, text=True).stdout
+
+
 def gone(pid):
     """Whether a process ends within a second; one that only waits to be collected by its parent has ended."""
     for _ in range(100):
-        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+        state = states([pid])
         if not state or state.startswith("Z"):
             return True
         time.sleep(0.01)
@@ -292,7 +427,7 @@ def gone(pid):
 
 
 @ONLY_POSIX
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_ctrl_c_takes_the_program_along(number, tmp_path):
     script = f"trap '' INT; echo $$ > {tmp_path}/unfinished; mv {tmp_path}/unfinished {tmp_path}/pid; sleep 60"
     command = [sys.executable, "-m", "picogpt.conform", "--", "sh", "-c", script]

@@ -184,3 +184,15 @@ def test_the_command(tmp_path, capsys):
     assert formula.main([str(tmp_path / "file" / "under")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 2 and str(tmp_path / "file") in err
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.json"])
+def test_somebody_elses_model_is_not_replaced(name, tmp_path, capsys):
+    (tmp_path / name).write_text("precious")
+    assert formula.main([str(tmp_path)]) == 2
+    assert "is another model's: choose another directory" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
+
+
+def test_it_is_written_again_where_it_is(tmp_path):
+    assert formula.main([str(tmp_path)]) == formula.main([str(tmp_path)]) == 0

@@ -107,6 +107,18 @@ class TestFiles:
         assert manifest["tensors"]["hook_embed"]["band"]["float16"] is None
 
 
+class TestOthers:
+    """What is somebody else's is not replaced."""
+
+    @pytest.mark.parametrize("name", ["manifest.json", "trace.safetensors"])
+    def test_files(self, recordings, tmp_path, name):
+        (tmp_path / name).write_text('{"name": "my app"}')
+        with pytest.raises(RecordingError, match=f"{name} is no recording of ours: give -o another directory"):
+            recordings["smoke"].save(tmp_path)
+        assert (tmp_path / name).read_text() == '{"name": "my app"}'
+        assert len(list(tmp_path.iterdir())) == 1
+
+
 class TestDamage:
     @pytest.mark.parametrize(
         ("damage", "message"),
@@ -114,8 +126,21 @@ class TestDamage:
             (lambda d: (d / "manifest.json").unlink(), "manifest.json is missing"),
             (lambda d: (d / "manifest.json").write_text("{"), "not JSON"),
             (lambda d: (d / "manifest.json").write_text("{}"), "its \"format\" is not 'picogpt trace 1'"),
-            (lambda d: edit(d, ids=None), "lacks ids, positions, tensors or model"),
-            (lambda d: edit(d, tensors={"logits": 1}), "logits has no band"),
+            (lambda d: edit(d, ids=None), "its ids are not tokens of the model"),
+            (lambda d: edit(d, ids=[1, "2"]), "its ids are not tokens of the model"),
+            (lambda d: edit(d, ids=[1]), "its positions are not those of its size"),
+            (lambda d: edit(d, positions=[]), "its positions are not those of its size"),
+            (lambda d: edit(d, size="huge"), "its positions are not those of its size"),
+            (lambda d: edit(d, model={}), "it does not say the n_vocab"),
+            (lambda d: edit(d, model={"hparams": {**SMALL, "n_head": 0}}), "it does not say the n_vocab"),
+            (lambda d: edit(d, model={"hparams": {**SMALL, "n_layer": 10**7}}), "its tensors are not those"),
+            (lambda d: edit(d, model={"hparams": SMALL, "name": 5}), "the model's name is no text"),
+            (lambda d: edit(d, tensors={}), "its tensors are not those of the model"),
+            (lambda d: edit(d, tensors={"logits": 1}), "its tensors are not those of the model"),
+            (lambda d: edit_logits(d, band=1), "logits has no band"),
+            (lambda d: edit_logits(d, band={"float32": 1.0}), "logits has no band"),
+            (lambda d: edit_logits(d, largest=None), "what it says of logits are no numbers"),
+            (lambda d: edit_logits(d, shape="ab"), "logits is not [9, 23]"),
             (lambda d: (d / "trace.safetensors").unlink(), "trace.safetensors"),
             (lambda d: shorten(d / "trace.safetensors"), "trace.safetensors"),
             (lambda d: flip(d / "trace.safetensors"), "logits is not what the manifest says"),
@@ -133,6 +158,13 @@ class TestDamage:
 def edit(directory, **changes):
     path = directory / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
+
+
+def edit_logits(directory, **changes):
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    manifest["tensors"]["logits"] |= changes
+    path.write_text(json.dumps(manifest), "utf-8")
 
 
 def shorten(path):
