@@ -11,86 +11,47 @@ Names are those of names.py without the layer; LN stands for ln1, ln2 and ln_fin
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from picogpt.model import attention, causal_attention, keep, layer_norm, softmax
 from picogpt.noise import rounded
+from picogpt.replay import NORMS, QKV, STREAM, Change, Mistake
 from picogpt.trace import tree_map
 
-NORMS = {"ln1": "ln_1", "ln2": "ln_2", "ln_final": "ln_f"}
-QKV = "attn.hook_q attn.hook_k attn.hook_v"
 PRODUCTS = f"{QKV} hook_attn_out mlp.hook_pre hook_mlp_out logits"
-STREAM = "hook_resid_pre hook_resid_mid hook_resid_post"
+OF_BLOCK = f"ln1.hook_out {QKV} hook_attn_out ln2.hook_out mlp.hook_pre hook_mlp_out"  # what weights show in
 SCORES, PATTERN = "attn.hook_attn_scores", "attn.hook_pattern"
 ALL = f"""hook_embed hook_pos_embed {STREAM} LN.hook_scale LN.hook_normalized LN.hook_out
     {PRODUCTS} {SCORES} {PATTERN} attn.hook_z mlp.hook_post"""
-Change = Callable[..., Any]  # (x or branch, at) -> the same, changed
 Changes = Change | dict[str, Change] | None
-
-
-@dataclass
-class At:
-    """What an operation can see.
-
-    seen    intermediates of this layer so far, by their names without the layer: `at["mlp.hook_pre"]`
-    stream  the residual stream as it is now, [n_seq, n_embd]
-    branch  the parameters in force
-    layer   number of the layer; `block(i)` is the i-th block as it was loaded, i < n_layer
-    row     the first position that is wrong: the length of the prompt, when a cache is to blame
-    """
-
-    n_head: int
-    layer: int
-    row: int
-    n_layer: int
-    block: Callable[[int], Any]
-    branch: Any
-    stream: Any = None
-    seen: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, hook: str) -> Any:
-        return self.seen[hook]
-
-
-@dataclass(eq=False)
-class Mistake:
-    """One entry: `says` continues "your SITE ..."; `seen` is who makes it, or what comes of it.
-
-    rounds is the dtype to which intermediates are rounded, if it is that.
-    """
-
-    name: str
-    sites: tuple[str, ...]
-    says: str
-    right: str
-    wrong: str
-    seen: str
-    value: dict[str, Change]
-    read: dict[str, Change]
-    tree: Change | None
-    rounds: str
-
-
+LINEAR = (("c_attn", "attn.c_attn", QKV), ("c_proj", "attn.c_proj", "hook_attn_out"),
+          ("c_fc", "mlp.c_fc", "mlp.hook_pre"), ("mlp_c_proj", "mlp.c_proj", "hook_mlp_out"))  # fmt: skip
+GELU = "0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))"
+ROOT = 0.7978845608028654  # sqrt(2/pi)
 CATALOGUE: dict[str, Mistake] = {}
 
 
-def mistake(
+def make(
     name: str, sites: str, says: str, right: str, wrong: str, seen: str = "", *,
     value: Changes = None, read: Changes = None, tree: Change | None = None, rounds: str = "",
-) -> None:  # fmt: skip
-    """Enter a mistake. `value` and `read` are functions for all of its sites, or sites -> function."""
+) -> Mistake:  # fmt: skip
+    """Return a mistake. `value` and `read` are functions for all of its sites, or sites -> function."""
 
     def placed(changes: Changes) -> dict[str, Change]:
         changes = {sites: changes} if callable(changes) else changes or {}
         return {site: change for where, change in changes.items() for site in each(where)}
 
     where = tuple(each(sites))
-    CATALOGUE[name] = Mistake(name, where, says, right, wrong, seen, placed(value), placed(read), tree, rounds)
+    return Mistake(name, where, says, right, wrong, seen, placed(value), placed(read), tree, rounds)
+
+
+def mistake(name: str, *says: str, **does: Any) -> None:
+    """Enter a mistake."""
+    CATALOGUE[name] = make(name, *says, **does)
 
 
 def each(sites: str) -> list[str]:
@@ -105,6 +66,12 @@ def changed(branch, path: str, change: Change):
     if key not in branch:
         return branch
     return {**branch, key: changed(branch[key], rest, change) if rest else change(branch[key])}
+
+
+def found(branch, path: str):
+    """What is at a path of a tree."""
+    key, _, rest = path.partition(".")
+    return found(branch[key], rest) if rest else branch[key]
 
 
 def leaf(path: str, change: Change) -> Change:
@@ -195,9 +162,31 @@ def erf(x):
     return np.nextafter(y.astype(np.float32), np.float32(2)) if x.dtype == np.float32 else y.astype(x.dtype)
 
 
-# fmt: off
-# Mistakes made together are made in this order. Precision comes first: the others work with rounded weights.
+def gelu_with(root: float, cubic: float) -> Change:
+    def change(_, at):
+        x = at["mlp.hook_pre"]
+        return 0.5 * x * (1.0 + np.tanh(root * (x + cubic * x * x * x)))
 
+    return change
+
+
+class Constant(NamedTuple):
+    """A number that may be another: what it is in GPT-2, and the mistake of having another there."""
+
+    right: float
+    mistake: Callable[[float], Mistake]
+
+
+# fmt: off
+# Mistakes made together are made in this order: first whose weights, then their precision, then what is done.
+
+mistake("layers_in_text_order", OF_BLOCK, "has another block's weights",
+        "blocks in the order of their numbers", "blocks in the order of the alphabet: 0, 1, 10, 11, 2, ...",
+        "names sorted as text",
+        tree=lambda t, at: at.block(sorted(range(at.n_layer), key=str)[at.layer]) if "attn" in t else t)
+mistake("block_0_weights", OF_BLOCK, "has the weights of block 0",
+        "block i computes with h.i", "every block computes with h.0", "a pointer to the layer that never moves",
+        tree=lambda t, at: at.block(0) if "attn" in t else t)
 for dtype in ("bfloat16", "float16"):
     mistake(f"{dtype}_weights", f"hook_embed hook_pos_embed LN.hook_out {PRODUCTS}", f"has weights in {dtype}",
             "the checkpoint's float32", f"{dtype}(w)",
@@ -225,6 +214,13 @@ mistake("positions_0_with_cache", "hook_pos_embed", "has position 0 for every to
         "wpe[number of tokens in the cache]", "wpe[0] in every step of decoding",
         "a step sees one token and numbers it from 0: text falls apart after the prompt",
         value=lambda x, at: at.branch["wpe"][np.arange(len(x)) * (np.arange(len(x)) < max(at.row, 1))])
+for where, by in (("behind", -1), ("ahead", 1)):
+    mistake(f"positions_one_{where}", "hook_pos_embed", f"is one position {where} after the prompt",
+            "wpe[number of tokens in the cache]",
+            f"wpe[number of tokens in the cache {'+-'[by < 0]} 1]",
+            "the new token is counted too late or twice; text stays fluent",
+            value=lambda x, at, by=by: at.branch["wpe"][np.clip(
+                np.arange(len(x)) + by * (np.arange(len(x)) >= max(at.row, 1)), 0, len(at.branch["wpe"]) - 1)])
 mistake("scaled_embedding", "hook_embed", "is multiplied by sqrt(n_embd)", "wte[id]", "wte[id] sqrt(n_embd)",
         "Vaswani et al. 2017, section 3.4; GPT-2 does not", value=lambda x, at: x * x.shape[-1] ** 0.5)
 for which, site, left in (("token", "hook_embed", "wpe[i]"), ("position", "hook_pos_embed", "wte[id]")):
@@ -261,6 +257,9 @@ mistake("no_gain", "LN.hook_out", "lacks its gain", "g normalized + b", "normali
 mistake("swapped_layer_norms", "LN.hook_out", "has gain and bias of the block's other layer norm",
         "ln_1 before attention, ln_2 before the MLP", "ln_2 before attention, ln_1 before the MLP",
         tree=lambda tree, at: {**tree, "ln_1": tree["ln_2"], "ln_2": tree["ln_1"]} if "ln_1" in tree else tree)
+mistake("ln_1_for_ln_2", "ln2.hook_out", "has gain and bias of ln_1",
+        "ln_1 before attention, ln_2 before the MLP", "ln_1 before both", "copy and paste",
+        tree=lambda tree, at: {**tree, "ln_2": tree["ln_1"]} if "ln_1" in tree else tree)
 for norm, name, site, reader, who in (
         ("ln1", "no_ln_1", QKV, "attention", ""), ("ln2", "no_ln_2", "mlp.hook_pre", "the MLP", ""),
         ("ln_final", "no_final_layer_norm", "logits", "the head", "GPT-1 had no final layer norm")):
@@ -269,8 +268,7 @@ for norm, name, site, reader, who in (
             read={f"{norm}.hook_out": lambda x, at: at.stream})
 
 # Weights read wrongly
-for name, path, site in (("c_attn", "attn.c_attn", QKV), ("c_proj", "attn.c_proj", "hook_attn_out"),
-                         ("c_fc", "mlp.c_fc", "mlp.hook_pre"), ("mlp_c_proj", "mlp.c_proj", "hook_mlp_out")):
+for name, path, site in LINEAR:
     mistake(f"transposed_{name}", site, f"has the matrix of {path} transposed",
             f"w of {path} is stored [in, out]: y = x w + b", "the same memory read as [out, in]: y = x w^T + b",
             "OpenAI's Conv1D is a transposed nn.Linear; a square w gives no shape error",
@@ -292,10 +290,7 @@ mistake("heads_split_wrong", QKV, "is split into heads without transposing",
         "[n_seq, n_head, d] transposed to [n_head, n_seq, d]", "[n_seq, n_embd] reshaped to [n_head, n_seq, d]",
         "the shape is right, so nothing complains; tokens get mixed",
         value=lambda x, at: x.transpose(1, 0, 2).reshape(x.shape))
-for name, path, site in (("ln_1", "ln_1", "ln1.hook_out"), ("c_attn", "attn.c_attn", QKV),
-                         ("c_proj", "attn.c_proj", "hook_attn_out"), ("ln_2", "ln_2", "ln2.hook_out"),
-                         ("c_fc", "mlp.c_fc", "mlp.hook_pre"), ("mlp_c_proj", "mlp.c_proj", "hook_mlp_out"),
-                         ("ln_f", "ln_f", "ln_final.hook_out")):
+for name, path, site in (*LINEAR, *((path, path, f"{norm}.hook_out") for norm, path in NORMS.items())):
     wrong = "g normalized" if path.startswith("ln") else "x w"
     mistake(f"no_bias_{name}", site, f"lacks the bias of {path}", f"{wrong} + b", wrong,
             "bias=False in nanoGPT; GPT-2 has a bias everywhere but in the head",
@@ -304,10 +299,9 @@ for i, letter in enumerate("qkv"):
     mistake(f"no_bias_{letter}", f"attn.hook_{letter}", "lacks its third of c_attn's bias", "x w + b", "x w",
             "Whisper's keys have none" if letter == "k" else "",
             tree=leaf("attn.c_attn.b", lambda b, i=i: b * (np.arange(len(b)) * 3 // len(b) != i)))
-mistake("layers_in_text_order", f"LN.hook_out {PRODUCTS}", "has another block's weights",
-        "blocks in the order of their numbers", "blocks in the order of the alphabet: 0, 1, 10, 11, 2, ...",
-        "names sorted as text",
-        tree=lambda t, at: at.block(sorted(range(at.n_layer), key=str)[at.layer]) if "attn" in t else t)
+mistake("last_block_missing", "ln_final.hook_scale logits", "comes from the stream without the last block",
+        "n_layer blocks", "n_layer - 1 blocks", "a loop that ends too early; `hidden_states[-2]`",
+        value={"hook_resid_post": lambda x, at: at["hook_resid_pre"] if at.layer == at.n_layer - 1 else x})
 
 # Attention
 for name, says, wrong, seen, visible in (
@@ -343,6 +337,14 @@ for name, says, wrong, seen, power in (
     mistake(name, SCORES, says, "q k^T / sqrt(d)", wrong, seen,
             tree=attends(lambda attend, row, q, k, v, tap=keep, power=power:
                          attend(q * power(q.shape[-1], q.shape[0] * q.shape[-1]), k, v, tap=tap)))
+for name, what, take in (
+        ("head_0_keys", "keys", lambda k, v: (k[:1] + 0.0 * k, v)),
+        ("head_0_values", "values", lambda k, v: (k, v[:1] + 0.0 * v)),
+        ("head_0_keys_and_values", "keys and values", lambda k, v: (k[:1] + 0.0 * k, v[:1] + 0.0 * v))):
+    mistake(name, f"{SCORES} attn.hook_z", f"has the {what} of head 0 in all heads",
+            "q of head h meets k and v of head h", f"{what} of head 0 for every q",
+            "the head's offset is forgotten; or multi-query attention, as in PaLM and Falcon",
+            tree=attends(lambda attend, row, q, k, v, tap=keep, take=take: attend(q, *take(k, v), tap=tap)))
 for n_head in (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 25, 32, 48, 50, 64, 100):
     mistake(f"wrong_n_head_{n_head}", f"{SCORES} {PATTERN} attn.hook_z",
             f"comes from {n_head} head{'s' * (n_head > 1)}",
@@ -368,9 +370,9 @@ for name, says, wrong, seen, function in (
         ("relu", "is ReLU", "max(x, 0)", "Vaswani et al. 2017", lambda x: np.maximum(x, 0.0)),
         ("silu", "is SiLU", "x sigmoid(x)", "Llama", lambda x: x * sigmoid(x)),
         ("gelu_without_cube", "is GELU without the cubic term", "0.5 x (1 + tanh(sqrt(2/pi) x))", "",
-         lambda x: 0.5 * x * (1.0 + np.tanh(0.7978845608028654 * x))),
+         lambda x: 0.5 * x * (1.0 + np.tanh(ROOT * x))),
         ("no_activation", "is the same as mlp.hook_pre", "x", "the call is forgotten", lambda x: x)):
-    mistake(name, "mlp.hook_post", says, "0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))", wrong, seen,
+    mistake(name, "mlp.hook_post", says, GELU, wrong, seen,
             value=lambda x, at, function=function: function(at["mlp.hook_pre"]))
 
 # Residual stream
@@ -380,6 +382,10 @@ mistake("parallel_block", "ln2.hook_scale ln2.hook_normalized",
         "GPT-J, GPT-NeoX and PaLM run the two in parallel",
         read={"hook_resid_mid": lambda x, at: at["hook_resid_pre"]},
         value={"hook_resid_post": lambda x, at: x + at["hook_attn_out"]})
+mistake("residual_from_normalized", "hook_resid_mid hook_resid_post", "adds to the normalized stream",
+        "x + f(ln(x))", "ln(x) + f(ln(x))", "x = ln(x) overwrites what is to be added to",
+        value={"hook_resid_mid": lambda x, at: at["ln1.hook_out"] + at["hook_attn_out"],
+                "hook_resid_post": lambda x, at: at["ln2.hook_out"] + at["hook_mlp_out"]})
 for part, end in (("attn", "mid"), ("mlp", "post")):
     mistake(f"no_residual_{part}", f"hook_resid_{end}",
             f"lacks what the block had before: the residual connection around {part}",
@@ -393,3 +399,36 @@ mistake("post_norm", "hook_resid_mid hook_resid_post", "is normalized after the 
                 "hook_resid_mid": lambda x, at: layer_norm(x, **at.branch["ln_1"]),
                 "hook_resid_post": lambda x, at: layer_norm(x, **at.branch["ln_2"])},
         read={"ln1.hook_out ln2.hook_out": lambda x, at: at.stream})
+
+# What is no entry because there is no end of it: diagnose.py fits the numbers, and tries the places.
+CONSTANTS = (
+    Constant(1e-5, lambda eps: make(
+        f"eps_{eps:g}", "LN.hook_scale", f"has eps {eps:g}",
+        "sqrt(variance + 1e-5)", f"sqrt(variance + {eps:g})",
+        tree=norms(lambda leaves: {**leaves, "eps": eps}))),
+    Constant(0.044715, lambda c: make(
+        f"cubic_{c:g}", "mlp.hook_post", f"is GELU with {c:g} for 0.044715",
+        GELU, GELU.replace("0.044715", f"{c:g}"), value=gelu_with(ROOT, c))),
+    Constant(ROOT, lambda c: make(
+        f"root_{c:g}", "mlp.hook_post", f"is GELU with {c:g} for sqrt(2/pi)",
+        GELU, GELU.replace("sqrt(2/pi)", f"{c:g}"), value=gelu_with(c, 0.044715))),
+    Constant(64**-0.5, lambda c: make(
+        f"scale_{c:g}", SCORES, f"is scaled by {c:g}", "q k^T / sqrt(d)", f"{c:g} q k^T",
+        tree=attends(lambda attend, row, q, k, v, tap=keep:
+                     attend(q * (c * q.shape[-1] ** 0.5), k, v, tap=tap)))),
+)
+
+
+def misplaced(n_layer: int) -> Iterator[Mistake]:
+    """The mistakes of using the weights of one block in others, or those of one of its parts."""
+    parts = [(path, path, site) for _, path, site in LINEAR]
+    parts += [(path, other, f"{norm}.hook_out") for norm, path in NORMS.items() for other in ("ln_1", "ln_2")]
+    for i in range(n_layer):
+        yield make(f"weights_of_h.{i}", OF_BLOCK, f"has the weights of h.{i}",
+                   "block i computes with h.i", f"with h.{i}",
+                   tree=lambda t, at, i=i: at.block(i) if "attn" in t else t)
+        for path, other, site in parts:
+            right = path if path == "ln_f" else f"h.i.{path}"
+            yield make(f"weights_of_h.{i}.{other}", site, f"has the weights of h.{i}.{other}",
+                       right, f"h.{i}.{other}", tree=lambda t, at, i=i, path=path, other=other:
+                       changed(t, path, lambda _: found(at.block(i), other)))

@@ -157,6 +157,14 @@ FAULTS = {
     "bfloat16_activations": "every named tensor rounded to bfloat16",
     "float16_activations": "every named tensor rounded to float16",
     "tf32_products": "both factors of every matrix product rounded to 10 bits of mantissa",
+    "block_0_weights": "every block computes with the weights of block 0",
+    "ln_1_for_ln_2": "gain and bias of ln_1 used by ln_2, too",
+    "residual_from_normalized": "the normalized row, not the stream, is added to",
+    "head_0_keys": "every head meets the keys of head 0",
+    "head_0_keys_and_values": "every head has the keys and values of head 0",
+    "positions_one_behind": "positions of tokens after the prompt one too small",
+    "positions_one_ahead": "positions of tokens after the prompt one too large; needs fewer ids than n_ctx",
+    "last_block_missing": "n_layer - 1 blocks are computed",
 }
 
 
@@ -263,6 +271,10 @@ class TorchGPT2:
         q, k, v = (self.note(f"{at}.hook_{part}", parts[part]) for part in "qkv")
         divisors = {"no_scale": 1.0, "double_scale": d, "scale_n_embd": n_embd**0.5}
         divisor = next((value for fault, value in divisors.items() if self.has(fault)), d**0.5)
+        if self.has("head_0_keys") or self.has("head_0_keys_and_values"):
+            k = k[:1].expand_as(k)
+        if self.has("head_0_keys_and_values"):
+            v = v[:1].expand_as(v)
         scores = self.factor(q) @ self.factor(k).mT / divisor
         scores = self.note(f"{at}.hook_attn_scores", scores.masked_fill(~self.visible(n_seq), -torch.inf))
         pattern = torch.softmax(scores, -2 if self.has("softmax_over_queries") else -1)
@@ -286,14 +298,18 @@ class TorchGPT2:
         ln_1, ln_2 = (
             branch[name] for name in (("ln_2", "ln_1") if self.has("swapped_layer_norms") else ("ln_1", "ln_2"))
         )
-        post = self.has("post_norm")
+        if self.has("ln_1_for_ln_2"):
+            ln_2 = ln_1
+        post, normalized = self.has("post_norm"), self.has("residual_from_normalized")
         start = x = self.note(f"{at}.hook_resid_pre", x)
         a = x if post or self.has("no_ln_1") else self.layer_norm(x, ln_1, f"{at}.ln1", "ln_1")
+        x = a if normalized else x
         a = self.note(f"{at}.hook_attn_out", self.attention(a, branch["attn"], f"{at}.attn"))
         x = a if self.has("no_residual_attn") else x + a
         x = self.note(f"{at}.hook_resid_mid", self.layer_norm(x, ln_1, f"{at}.ln1", "ln_1") if post else x)
         m = start if self.has("parallel_block") else x
         m = m if post or self.has("no_ln_2") else self.layer_norm(m, ln_2, f"{at}.ln2", "ln_2")
+        x = m if normalized else x
         m = self.note(f"{at}.hook_mlp_out", self.mlp(m, branch["mlp"], f"{at}.mlp"))
         x = m if self.has("no_residual_mlp") else x + m
         return self.note(f"{at}.hook_resid_post", self.layer_norm(x, ln_2, f"{at}.ln2", "ln_2") if post else x)
@@ -302,6 +318,7 @@ class TorchGPT2:
         positions = torch.arange(len(ids)) + self.has("positions_from_1")
         if self.has("positions_0_with_cache"):
             positions[self.prompt :] = 0
+        positions[self.prompt :] += self.has("positions_one_ahead") - self.has("positions_one_behind")
         wte, wpe = self.weight(self.params["wte"]), self.weight(self.params["wpe"])
         tokens = F.embedding(torch.tensor(ids), wte) * (
             wte.shape[1] ** 0.5 if self.has("scaled_embedding") else 1.0
@@ -320,6 +337,9 @@ class TorchGPT2:
             else range(len(blocks))
         )
         for self.layer, place in enumerate(order):
+            if self.has("last_block_missing") and self.layer == len(blocks) - 1:
+                continue
+            place = 0 if self.has("block_0_weights") else place
             x = self.block(x, blocks[place], f"blocks.{self.layer}")
         self.layer = len(blocks)
         if not self.has("no_final_layer_norm"):
