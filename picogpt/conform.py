@@ -132,7 +132,7 @@ class Program:
 
     def _kill(self) -> None:
         with suppress(OSError):
-            if hasattr(os, "killpg"):
+            if hasattr(os, "killpg") and hasattr(signal, "SIGKILL"):
                 os.killpg(self.process.pid, signal.SIGKILL)
             else:
                 self.process.kill()
