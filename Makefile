@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-skipped lint bench neighbour sizes faults fuzz train reference
+.PHONY: help run test test-skipped lint bench neighbour sizes faults fuzz train reference mistakes
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,6 +43,10 @@ train: .venv/installed-dev ## train models/shakespeare anew, into runs/shakespea
 
 reference: .venv/installed ## rebuild reference/ and fail if a value has moved
 	$(BIN)/python reference/build.py
+
+mistakes: .venv/installed-oracle ## plant known faults in torch's forward pass, alone and in pairs; count what is named
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/test_diagnose.py
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/test_diagnose.py --pairs 300
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

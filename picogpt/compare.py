@@ -38,12 +38,12 @@ from picogpt.judging import Reference, Row, judge_all, measured, measured_parame
 from picogpt.matching import Matcher, ShapeError, counted, parameter
 from picogpt.noise import HALVES, isolated
 from picogpt.recording import Recording, find_params
+from picogpt.replay import NORMS
 from picogpt.tensor_files import MANIFEST, read_tensors_file
 from picogpt.trace import with_outs
 
 WIDTH = 100  # columns
 MAP = '{"their name": "blocks.0.hook_resid_post"}; names are in docs/implementing-gpt2.md, section 3'
-NORMS = {"ln1": "ln_1", "ln2": "ln_2", "ln_final": "ln_f"}
 
 
 SMALL = (
