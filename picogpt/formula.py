@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from picogpt.checkpoint import parameter_shapes, params_tree
-from picogpt.command import exit_status, write
+from picogpt.command import UsageError, exit_status, write
 from picogpt.encoder import END_OF_TEXT, Encoder, get_encoder
 from picogpt.hugging_face import hugging_face_name
 from picogpt.tensor_bundle import CheckpointError, new_file
@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> None:
+        if not args.directory:
+            raise UsageError("the directory is empty text: give one to write to")
         write_model(args.directory)
         write(f"{args.directory}: {sum(t.size for t in formula_tensors().values()):,} parameters\n")
 

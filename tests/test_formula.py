@@ -196,3 +196,9 @@ def test_somebody_elses_model_is_not_replaced(name, tmp_path, capsys):
 
 def test_it_is_written_again_where_it_is(tmp_path):
     assert formula.main([str(tmp_path)]) == formula.main([str(tmp_path)]) == 0
+
+
+def test_no_directory_is_not_this_one(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert formula.main([""]) == 2
+    assert "give one to write to" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -137,10 +137,12 @@ class TestCommand:
             (("--ids", "5,-1"), "token id -1 is not in the model's vocabulary"),
             (("a " * 300,), "do not fit into the model's 256 positions"),
             (("O", "--model_size", "nowhere"), "nowhere"),
+            (("O", "--ids", "5"), "a text and --ids were given"),
+            (("O", "-o", ""), "-o is empty"),
         ],
     )
     def test_what_a_careless_user_gives(self, capfd, tmp_path, args, message):
-        assert main([*args, "-o", str(tmp_path / "reference")]) == 2
+        assert main(["-o", str(tmp_path / "reference"), *args]) == 2
         out, err = capfd.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         assert message in err
