@@ -18,7 +18,7 @@ from picogpt.judging import Row
 from picogpt.matching import counted
 from picogpt.model_dirs import find_model_dir
 from picogpt.noise import noise_bands
-from picogpt.trace import parse_ids, run_with_trace, tree_map
+from picogpt.trace import astype, parse_ids, run_with_trace
 
 IDS = ("ids", "input_ids", "inputs", "tokens", "idx")  # names under which arrays of ids come
 MAX_IDS_BYTES = 1 << 20  # what is larger are no ids of one text
@@ -73,7 +73,7 @@ def compare_ids(a: Sequence[int], b: Sequence[int], params: Mapping[str, Any], n
             f"the lists part after {step} ids: 1 to {n_ctx} are needed, those of the prompt first"
         )
     prefix = a[:step]
-    logits, _ = run_with_trace(prefix, tree_map(lambda w: np.asarray(w, np.float64), params), n_head)
+    logits, _ = run_with_trace(prefix, astype(params, np.float64), n_head)
     band = noise_bands(prefix, params, n_head, {"logits": logits})["float32"]["logits"]
     best, x, y = (int(logits[-1].argmax()), a[step], b[step])
     behind = {chosen: float(logits[-1, best] - logits[-1, chosen]) for chosen in (x, y)}

@@ -6,6 +6,7 @@ every arrangement that we know, and each tensor's *band* is the largest differen
 truth, continued to what only one run in a million would exceed.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from picogpt.cache import KVCache, packed, with_attend
 from picogpt.machine import cores, limited_to
 from picogpt.model import causal_attention, gpt2, with_taps
 from picogpt.names import ROWS, WIDE, names
-from picogpt.trace import Trace, layer_norms, run_with_trace, tree_map, with_outs
+from picogpt.trace import Trace, astype, layer_norms, run_with_trace, tree_map, with_outs
 
 HALVES = ("bfloat16", "float16")
 FALSE_ALARMS = 1e-6  # how often noise may be taken for an error
@@ -62,7 +63,7 @@ def rounded(x, dtype: str):
 
 def float32_runs(ids, params, n_head: int) -> Iterator[Trace]:
     """Yield the trace of each arrangement in which the model runs in float32."""
-    params = tree_map(lambda w: np.asarray(w, np.float32), params)
+    params = astype(params, np.float32)
     for n_threads in {1, cores()}:
         with limited_to(n_threads):
             yield _run(ids, params, n_head)
@@ -103,7 +104,7 @@ def isolated(values: Trace, ids, params, n_head: int) -> tuple[Trace, dict[str, 
     strays from it. One ordinary forward pass shows all of them: each intermediate, once it has been noted, is
     replaced by the recorded one, so that no error reaches the next operation.
     """
-    double = tree_map(lambda w: np.asarray(w, np.float64), params)
+    double = astype(params, np.float64)
     serial = tree_map(lambda w: np.asarray(w, np.float32).view(Serial), params)
     bands: dict[str, float] = {}
     # Inside a layer norm few programs compute on with the very numbers that they record.
@@ -144,7 +145,7 @@ def headroom(n_numbers: int) -> float:
     The largest of n normally distributed numbers is near sigma sqrt(2 ln n) (Cramer 1946, section 28.6).
     """
     n = max(n_numbers, 2)
-    return float(np.sqrt(np.log(n / FALSE_ALARMS) / np.log(n)))
+    return math.sqrt(math.log(n / FALSE_ALARMS) / math.log(n))
 
 
 def last_place(x) -> float:

@@ -14,7 +14,7 @@ from picogpt.encoder import Encoder
 from picogpt.model import gpt2
 from picogpt.noise import noise_bands
 from picogpt.sampling import draw, greedy, probabilities
-from picogpt.trace import tree_map
+from picogpt.trace import astype
 
 MOST_LOGITS = 1_000_000  # in one answer: with 50257 tokens that is a prompt of 19
 LONGEST = 64  # prompt, however long the context: the formula model's whole context
@@ -139,7 +139,7 @@ class Reference:
 
     def __init__(self, encoder: Encoder, hparams: dict[str, int], params: Any):
         self.encoder, self.hparams, self.params = encoder, hparams, params
-        self.exact = tree_map(lambda w: np.asarray(w, np.float64), params)
+        self.exact = astype(params, np.float64)
         self.truths: dict[tuple[int, ...], Any] = {}
         self.bands: dict[tuple[int, ...], float] = {}
         # Answers of all positions are one line; their size bounds the prompts.

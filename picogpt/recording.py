@@ -26,7 +26,7 @@ from picogpt.names import names
 from picogpt.noise import HALVES, noise_bands, projection, total
 from picogpt.tensor_bundle import CheckpointError, new_file, read_small_file, reading
 from picogpt.tensor_files import MANIFEST, TRACE, TensorFileError, read_tensors_file, write_safetensors
-from picogpt.trace import run_with_trace, tree_map, with_outs
+from picogpt.trace import astype, run_with_trace, with_outs
 
 FORMAT = "picogpt trace 1"
 SIZES = ("full", "tiny", "smoke")
@@ -128,7 +128,7 @@ def record(
 
     Takes memory for the parameters in float64, and for seven traces in float32 beside the one in float64.
     """
-    exact = tree_map(lambda w: np.asarray(w, np.float64), params)
+    exact = astype(params, np.float64)
     _, trace = run_with_trace(ids, exact, n_head)
     truth = with_outs(trace, exact)
     bands = noise_bands(ids, params, n_head, truth)

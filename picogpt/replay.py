@@ -14,7 +14,7 @@ import numpy as np
 from picogpt.model import gpt2, with_taps
 from picogpt.names import HEADS, SCORES, names
 from picogpt.noise import Serial, headroom, rounded
-from picogpt.trace import Trace, tree_map
+from picogpt.trace import Trace, astype, tree_map
 
 MASKED = -9e3  # the masks of others: -1e4 in half precision, -1e10 in OpenAI's program, -3.4e38 in transformers
 NORMS = {"ln1": "ln_1", "ln2": "ln_2", "ln_final": "ln_f"}
@@ -168,7 +168,7 @@ class Model:
             tree = self.params["blocks"][place]
         else:
             tree = {"ln_f": self.params["ln_f"], "lm_head": self.params.get("lm_head", self.params["wte"])}
-        return tree_map(lambda w: np.asarray(w, np.float64), tree)
+        return astype(tree, np.float64)
 
     def difference(self, name: str, x, y):
         """How far x is from y, each element; inf where one of them alone is masked, or shapes differ."""

@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from picogpt import PicogptError
 from picogpt.command import UsageError, exit_status, read, say
 from picogpt.model import gpt2, with_taps
@@ -92,6 +94,11 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, list):
         return [tree_map(function, branch) for branch in tree]
     return function(tree)
+
+
+def astype(tree: Any, dtype: Any) -> Any:
+    """The same tree in another dtype; arrays that have it are not copied."""
+    return tree_map(lambda array: np.asarray(array, dtype), tree)
 
 
 def report(args: argparse.Namespace) -> None:

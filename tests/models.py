@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from picogpt.model import gpt2, with_taps
+from picogpt.trace import tree_map
 
 SMALL = {"n_vocab": 23, "n_ctx": 19, "n_embd": 12, "n_head": 3, "n_layer": 2}
 LONG = {"n_vocab": 31, "n_ctx": 300, "n_embd": 26, "n_head": 2, "n_layer": 2}
@@ -43,15 +44,6 @@ def random_params(n_vocab, n_ctx, n_embd, n_layer, *, dtype=np.float64, lm_head=
 
 def random_ids(n_seq, n_vocab, seed=0):
     return np.random.default_rng(seed).integers(n_vocab, size=n_seq).tolist()
-
-
-def tree_map(function, tree):
-    """The same tree with `function` done to every array."""
-    if isinstance(tree, dict):
-        return {key: tree_map(function, branch) for key, branch in tree.items()}
-    if isinstance(tree, list):
-        return [tree_map(function, branch) for branch in tree]
-    return function(tree)
 
 
 def astype(params, dtype):
