@@ -10,14 +10,15 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
 
 from picogpt import __version__
-from picogpt.command import UsageError, exit_status, read, say, write
+from picogpt.command import UsageError, colours, exit_status, read, say, write
 from picogpt.machine import blas, decode_threads, memory, set_threads
 
 HELP = """\
@@ -45,6 +46,10 @@ An empty prompt, or none, starts a new text from <|endoftext|>.
     --num_samples 1            how many continuations; a line of --- stands between two of them
     --context error            when prompt and new tokens exceed the model's window: error; truncate (drop the
                                prompt's beginning); slide (read the last n_ctx tokens anew for every token)
+    --show probabilities       in place of the text a row for each token: its probability, and the likeliest
+                               others with theirs; those of the draw, after temperature, top_k and top_p, or,
+                               greedy, the model's own; the tokens that make up a --stop are shown, too; in
+                               colour on a terminal (unless NO_COLOR is set), and then the text itself
     --backend numpy            or jax
     --threads N                how many threads compute; without it all cores read the prompt, and all but one
                                write the text, so that a busy neighbour does not hold them up
@@ -53,12 +58,13 @@ Standard output is the new text and one newline; all else goes to standard error
 The exit status is 0, or 2 after an error, or 130 after Ctrl-C.
 
 Beside it, each with --help: python -m picogpt.download 124M; python -m picogpt.verify MODEL (is it whole and
-right?); python -m picogpt.info (which models, which BLAS). And python -m picogpt.encoder "text" shows tokens.
+right?); python -m picogpt.info (which models, which BLAS). python -m picogpt.encoder "text" shows tokens, and
+python -m picogpt.explain "text" -o page.html a whole forward pass, to look at in a browser.
 To check another GPT-2 against this one: python -m picogpt.trace, .compare, .conform, .check, .formula.
 """
 
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)  # so "--help me" is none: it has a space
-TEXT_FLAGS = {"prompt", "model_size", "models_dir", "stop", "context", "backend"}
+TEXT_FLAGS = {"prompt", "model_size", "models_dir", "stop", "context", "show", "backend"}
 BESIDE_WEIGHTS_AND_CACHE = 150_000_000  # bytes: Python, NumPy, the vocabulary, a token's own
 EMBEDDED_NOTE = " (the embedded model; GPT-2 itself: --model_size 124M)"
 
@@ -164,11 +170,12 @@ def run(
     stop: Sequence[str] = (),
     num_samples: int = 1,
     context: str = "error",
+    show: str | None = None,
     backend: str = "numpy",
     threads: int | None = None,
 ) -> None:
     """Generate and print: what Fire calls, a keyword a flag."""
-    check(stop, backend, threads)
+    check(stop, show, backend, threads)
     if threads is not None:
         set_threads(threads)
     from picogpt.checkpoint import load_encoder_hparams_and_params
@@ -178,26 +185,37 @@ def run(
     settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "context": context}
     settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     check_settings(n_tokens_to_generate, **settings)  # which `streams` does, too, but only after a download
+    greedy = temperature == 0 or (temperature is top_k is top_p is None)
     text = read_prompt(prompt)
     model = EMBEDDED if model_size is None else model_size
     encoder, hparams, params = load_encoder_hparams_and_params(model, models_dir)
     ids = encode(text, encoder)
+    params = to_jax(params) if backend == "jax" else params
+    seen: list[Any] = []
+    if show:
+        from picogpt.show import printer, watched
+
+        params = watched(params, seen)
     samples = streams(
         ids,
-        to_jax(params) if backend == "jax" else params,
+        params,
         hparams["n_head"],
         n_tokens_to_generate,
         stop_ids=() if encoder.end_of_text is None else (encoder.end_of_text,),
         **settings,
     )
     warn_of_memory(model, hparams, len(ids) + n_tokens_to_generate, num_samples)
-    if num_samples > 1 and (temperature == 0 or (temperature is top_k is top_p is None)):
+    if num_samples > 1 and greedy:
         say("greedy samples are all the same: for different ones set --temperature, 0.8 for example")
+    print_text: Callable[[Iterable[int]], None] = partial(print_plainly, encoder=encoder, stop=stop)
+    if show:
+        how = {"temperature": 1.0 if temperature is None else temperature, "top_k": top_k, "top_p": top_p}
+        print_text = printer(seen, encoder, stop, {} if greedy else how, colours())
     warnings.simplefilter("error", RuntimeWarning)  # overflow: the arithmetic itself is sound
     if sys.platform == "darwin":  # NumPy before 2.4 reports overflow in Accelerate's products of small numbers
         warnings.filterwarnings("ignore", ".* encountered in matmul", RuntimeWarning)
     try:
-        print_samples(samples, encoder, stop, model + EMBEDDED_NOTE * (model_size is None), backend)
+        print_samples(samples, print_text, model + EMBEDDED_NOTE * (model_size is None), backend)
     except RuntimeWarning as warning:
         cure = f"are the weights damaged? `python -m picogpt.verify {model}` tells"
         raise UsageError(f"the numbers in this model grow too large ({warning}): {cure}") from None
@@ -206,10 +224,12 @@ def run(
 FLAGS = tuple(run.__kwdefaults__ or ())
 
 
-def check(stop: Sequence[str], backend: str, threads: int | None) -> None:
+def check(stop: Sequence[str], show: str | None, backend: str, threads: int | None) -> None:
     """Refuse what no other room would."""
     if "" in stop:
         raise UsageError("--stop is empty: give the text to stop at, or leave it out")
+    if show not in (None, "probabilities"):
+        raise UsageError(f"show is {show!r}: give probabilities, or leave it out")
     if backend not in ("numpy", "jax"):
         raise UsageError(f"backend is {backend!r}: give numpy or jax")
     if backend == "jax" and find_spec("jax") is None:
@@ -261,19 +281,24 @@ def to_jax(params: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"JAX does not start: {error}") from error
 
 
-def print_samples(
-    samples: Iterable[Iterable[int]], encoder: Any, stop: Sequence[str], model: str, backend: str
-) -> None:
-    """Write each continuation as it comes, then the summary, also if the reader or Ctrl-C ends it early."""
+def print_plainly(ids: Iterable[int], encoder: Any, stop: Sequence[str]) -> None:
+    """Write the text of a continuation as it comes."""
     from picogpt.generation import stream_text
 
+    for piece in stream_text(ids, encoder, stop):
+        write(piece)
+
+
+def print_samples(
+    samples: Iterable[Iterable[int]], print_text: Callable[[Iterable[int]], None], model: str, backend: str
+) -> None:
+    """Print each continuation as it comes, then the summary, also if the reader or Ctrl-C ends it early."""
     times = [perf_counter()]
     try:
         for i, ids in enumerate(samples):
             if i:
                 write("---\n")
-            for piece in stream_text(clocked(ids, times), encoder, stop):
-                write(piece)
+            print_text(clocked(ids, times))
             write("\n")
     except BrokenPipeError:
         pass

@@ -58,6 +58,17 @@ def leave(*_: Any) -> None:
     os._exit(INTERRUPTED)
 
 
+def colours() -> int:
+    """How many colours standard output shows: 256, 16, or 0 where it is no terminal, or one that wants none
+    (NO_COLOR is set: no-color.org)."""
+    term = os.environ.get("TERM", "")
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or term == "dumb":
+        return 0
+    if os.name == "nt":
+        os.system("")  # the shell, on its way, makes an old console understand escape sequences
+    return 256 if "256" in term or os.environ.get("COLORTERM") or os.name == "nt" else 16
+
+
 def read() -> str:
     """Return what comes on standard input, as UTF-8 and without a final newline."""
     if sys.stdin is None:

@@ -361,15 +361,13 @@ def _show(piece: Piece, colour: bool) -> str:
 
 def main() -> int:
     """`python -m picogpt.encoder TEXT [MODEL_DIR]`: show TEXT becoming ids. `-`, or a pipe: standard input."""
-    from picogpt.command import UsageError, exit_status, read, write
+    from picogpt.command import UsageError, colours, exit_status, read, write
 
     def command() -> None:
         text, *model_dir = sys.argv[1:] or ["-"]
         if len(model_dir) > 1 or (len(sys.argv) == 1 and sys.stdin is not None and sys.stdin.isatty()):
             raise UsageError('usage: python -m picogpt.encoder "TEXT" [MODEL_DIR]')
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        if colour and os.name == "nt":
-            os.system("")  # the shell, on its way, makes an old console understand escape sequences
+        colour = colours() > 0
         for piece in get_encoder(*model_dir).explain(read() if text == "-" else text):
             write(_show(piece, colour))
 

@@ -641,7 +641,7 @@ FLAGS = [
     "n_tokens_to_generate", "model_size", "models_dir", "temperature", "top_k", "top_p", "seed", "stop",
     "num_samples",
 ]  # fmt: skip
-FLAGS += ["context", "backend", "threads", "prompt", "help", "h", "tokens", "x-y", "é"]
+FLAGS += ["context", "show", "backend", "threads", "prompt", "help", "h", "tokens", "x-y", "é"]
 
 
 def write_command(rng: Random, directory: Path) -> None:

@@ -554,15 +554,20 @@ def test_text_is_text_whatever_it_looks_like(gpt2, text, monkeypatch, capsys):
 
 def test_colour_only_on_a_terminal_that_wants_it(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["encoder", " capes"])
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "")  # empty is not set: no-color.org
+    assert encoder.main() == 0
+    assert capsys.readouterr().out == CAPES
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert encoder.main() == 0
     coloured = capsys.readouterr().out
     assert "\n  merge 243   Ġc \x1b[1;32map\x1b[0m es\n" in coloured
     assert coloured.replace("\x1b[1;32m", "").replace("\x1b[0m", "") == CAPES
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert encoder.main() == 0
-    assert capsys.readouterr().out == CAPES
+    for name, value in ("NO_COLOR", "1"), ("TERM", "dumb"):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, value)
+            assert encoder.main() == 0
+            assert capsys.readouterr().out == CAPES
 
 
 def test_command_errors_are_one_line(tmp_path):
