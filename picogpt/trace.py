@@ -5,7 +5,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,28 +104,48 @@ def astype(tree: Any, dtype: Any) -> Any:
 def report(args: argparse.Namespace) -> None:
     """Record what the command line asks for, and say where it is."""
     from picogpt.checkpoint import load_encoder_hparams_and_params
-    from picogpt.generation import check_ids
     from picogpt.recording import record
 
     encoder, hparams, params = load_encoder_hparams_and_params(args.model_size, args.models_dir)
     if not args.output.name:
         raise UsageError("-o is empty: give a directory to write to")
-    if args.ids and args.text is not None:
-        raise UsageError("a text and --ids were given: give one of them")
-    if not args.ids:
-        text = read() if args.text is None else args.text
-        ids = encoder.encode(text, allowed_special=("<|endoftext|>",))
-    else:
-        ids = parse_ids(" ".join(args.ids))
-    check_ids(ids, hparams["n_vocab"])
-    if len(ids) > hparams["n_ctx"]:
-        n_ctx = hparams["n_ctx"]
-        raise UsageError(f"{len(ids)} tokens do not fit into the model's {n_ctx} positions: shorten the text")
+    _, ids = read_input(args, encoder, hparams)
     about = {"text": encoder.decode(ids), "token_bytes": [encoder.decode_bytes([i]).hex() for i in ids]}
     recording = record(ids, params, hparams["n_head"], size=args.size, name=args.model_size, about=about)
     recording.save(args.output)
     n = len(recording.manifest["tensors"])
     say(f"{args.output}: {n} tensors of {len(ids)} tokens through {args.model_size} ({args.size})")
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """What a command that runs one text through a model is given; `read_input` reads it."""
+    parser.add_argument("text", nargs="?", help="what the model reads; - or nothing: standard input")
+    parser.add_argument("--ids", nargs="+", help="token ids in place of the text: 464 3290")
+    about = "a directory, or a name: OpenAI's are downloaded if missing (the embedded shakespeare)"
+    parser.add_argument("--model_size", default=EMBEDDED, help=about)
+    parser.add_argument("--models_dir", help="where models are looked for by name")
+
+
+def read_input(
+    args: argparse.Namespace, encoder: Any, hparams: Mapping[str, int]
+) -> tuple[str | None, list[int]]:
+    """Return the text, None if ids were given, and its ids, which fit the model. `<|endoftext|>` is a token."""
+    from picogpt.encoder import END_OF_TEXT
+    from picogpt.generation import check_ids
+
+    if args.ids and args.text is not None:
+        raise UsageError("a text and --ids were given: give one of them")
+    if args.ids:
+        text, ids = None, parse_ids(" ".join(args.ids))
+    else:
+        if args.text is None and sys.stdin is not None and sys.stdin.isatty():
+            raise UsageError("there is no text: give it as an argument, or - to type it")
+        text = read() if args.text in (None, "-") else args.text
+        ids = encoder.encode(text, allowed_special=encoder.special_tokens.keys() & {END_OF_TEXT})
+    check_ids(ids, hparams["n_vocab"])
+    if len(ids) > (n_ctx := hparams["n_ctx"]):
+        raise UsageError(f"{len(ids)} tokens do not fit into the model's {n_ctx} positions: shorten the text")
+    return text, ids
 
 
 def parse_ids(text: str) -> list[int]:
@@ -142,11 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m picogpt.trace",
         description="Record every intermediate, to check others against: see docs/implementing-gpt2.md.",
     )
-    parser.add_argument("text", nargs="?", help="what the model reads; else standard input")
-    parser.add_argument("--ids", nargs="+", help="token ids in place of the text: 464 3290")
-    about = "a directory, or a name: OpenAI's are downloaded if missing (the embedded shakespeare)"
-    parser.add_argument("--model_size", default=EMBEDDED, help=about)
-    parser.add_argument("--models_dir", help="where models are looked for by name")
+    add_input(parser)
     parser.add_argument(
         "--size",
         choices=("full", "tiny", "smoke"),
