@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-skipped lint bench neighbour sizes faults fuzz train reference mistakes
+.PHONY: help run test test-skipped lint bench neighbour sizes faults fuzz train reference mistakes docs
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,6 +48,11 @@ mistakes: .venv/installed-oracle ## plant known faults in torch's forward pass, 
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/test_diagnose.py
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/test_diagnose.py --pairs 300
 
+docs: .venv/installed-dev .venv/installed-docs ## build the book, docs/_build/html/index.html; fail if it does not match the code
+	$(BIN)/python -m pytest --quiet tests/test_shape_comments.py
+	$(BIN)/sphinx-build -q -E -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+	$(BIN)/python -m picogpt.explain "Friends, Romans, countrymen, lend me your ears" -o docs/_build/html/explain.html
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -57,6 +62,10 @@ mistakes: .venv/installed-oracle ## plant known faults in torch's forward pass, 
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev,jax]"
+	@touch $@ .venv/installed
+
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	@touch $@ .venv/installed
 
 # torch first, pinned: a bare `torch` may bring gigabytes of GPU libraries that nothing here uses.

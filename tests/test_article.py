@@ -23,6 +23,9 @@ gpt2 with cls_head      ours is gpt2(..., lm_head=cls_head.T, logits_to_keep=-1)
 singe_example_loss_fn   forgets n_head
 """
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -284,3 +287,14 @@ class TestJAX:
         assert logits.shape == (3, 9, HPARAMS["n_vocab"])
         for row, inputs in zip(logits, batched_inputs, strict=True):
             close(np.asarray(row), plain_gpt2(inputs, **PARAMS, n_head=N_HEAD), 1e-4)
+
+
+def test_docs_article_quotes_our_lines_as_they_stand():
+    checkout = Path(__file__).parents[1]
+    page = (checkout / "docs" / "article.md").read_text(encoding="utf-8")
+    rooms = [path.read_text(encoding="utf-8") for path in checkout.glob("picogpt/*.py")]
+    ours = [line.strip() for room in rooms for line in room.splitlines()]
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    quoted = [line.strip() for block in blocks for line in block.splitlines()]
+    assert len(quoted) > 20
+    assert [line for line in quoted if not any(line == whole[: len(line)] for whole in ours)] == []

@@ -1,0 +1,82 @@
+"""What the book shows is what the program says: examples are run, and values in the prose are computed.
+
+A block of ```pycon is run by doctest; the blocks of a page share one namespace. {value}`1,024 <len(wte)>` shows
+1,024, if that is what the expression comes to in the namespace that the page's blocks have made.
+"""
+
+import doctest
+import re
+
+import numpy as np
+from docutils import nodes
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+
+
+class value(nodes.inline):
+    """A value in the prose, with its expression."""
+
+
+def value_role(name, rawtext, text, lineno, inliner, options=None, content=()):
+    shown, _, expression = text.removesuffix(">").partition(" <")
+    node = value(text, shown, expression=expression)
+    node.source, node.line = inliner.document.get("source"), lineno
+    return [node], []
+
+
+def check_page(app, doctree):
+    """Run a page's examples in order, then compare its values."""
+    with np.printoptions():  # a page may set them, and is read by itself
+        namespace = run_examples(doctree, app.env.docname)
+        for node in list(doctree.findall(value)):
+            try:
+                found = eval(node["expression"], namespace)
+            except Exception as error:
+                logger.warning("the value %s cannot be computed: %r", node["expression"], error, location=node)
+            else:
+                if not agrees(node.astext(), found):
+                    logger.warning("%s is %r, not %s", node["expression"], found, node.astext(), location=node)
+            node.replace_self(nodes.inline("", node.astext(), classes=["value"]))
+
+
+def run_examples(doctree, page):
+    """Run the blocks, and return what they have defined. What an exercise defines only exercises may use."""
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    in_text, in_all = {}, {}
+    for block in doctree.findall(nodes.FixedTextElement):
+        if isinstance(block, nodes.doctest_block) or block.get("language") == "pycon":
+            exercise = any("exercise" in box["classes"] for box in ancestors(block))
+            names = {"__name__": "__main__", **(in_all if exercise else in_text)}
+            examples = doctest.DocTestParser().get_doctest(block.astext(), names, page, page, 0)
+            said = []
+            runner.run(examples, out=said.append, clear_globs=False)
+            in_all |= examples.globs
+            in_text |= {} if exercise else examples.globs
+            if said:
+                logger.warning("an example is wrong:\n%s", "".join(said), location=block)
+    return in_all
+
+
+def ancestors(node):
+    while node := node.parent:
+        yield node
+
+
+def agrees(shown, found):
+    """Whether a text says this value: the same text, or the same number at the decimals that it has."""
+    if isinstance(found, str):
+        return shown == found
+    digits = shown.replace(",", "").replace("\N{MINUS SIGN}", "-")
+    number = re.fullmatch(r"-?\d+(\.\d+)?(e[-+]?\d+)?", digits)
+    if not number:
+        return shown == str(found)
+    decimals = len(number[1] or ".") - 1
+    return float(f"{found:.{decimals}{'e' if number[2] else 'f'}}") == float(digits)
+
+
+def setup(app):
+    app.add_node(value)
+    app.add_role("value", value_role)
+    app.connect("doctree-read", check_page)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
