@@ -109,6 +109,7 @@ class TestInABrowser:
         page.locator("#search-results li a", has_text="Attention").first.wait_for()
 
 
+EXERCISE = "````{{exercise}}\nQ\n---\n```pycon\n>>> {}\n```\n````"
 FAULTS = {  # page: its text, and what the build is to say of it
     "stale": ("```{annotated} picogpt.model.keep\n@ return y\n```", "'return y' in 0 of the lines left"),
     "ambiguous": ("```{annotated} picogpt.model.gelu\n@ y += 1.0\n```", "'y += 1.0' in 2 of the lines left"),
@@ -116,10 +117,8 @@ FAULTS = {  # page: its text, and what the build is to say of it
     "example": ("```pycon\n>>> 1 + 1\n3\n```", "Expected:\n    3\nGot:\n    2"),
     "raises": ("```pycon\n>>> import picogpt.nothing\n```", "ModuleNotFoundError"),
     "unordered": ("```pycon\n>>> x + 1\n2\n>>> x = 1\n```", "NameError"),
-    "skipped": (
-        "````{exercise}\nQ\n---\n```pycon\n>>> only_here = 1\n```\n````\n\n```pycon\n>>> only_here\n1\n```",
-        "NameError: name 'only_here' is not defined",
-    ),
+    "skipped": (f"{EXERCISE.format('only_here = 1')}\n\n```pycon\n>>> only_here\n1\n```", "name 'only_here'"),
+    "alone": (f"{EXERCISE.format('of_one = 1')}\n\n{EXERCISE.format('_ = of_one')}", "name 'of_one'"),
     "value": ("It is {value}`0.67 <2 / 3>`, {value}`0.66 <2 / 3>`", "2 / 3 is 0.666"),
     "text": ("It is {value}`yes <'no'>`", "is 'no', not yes"),
     "unknown": ("It is {value}`1 <one>`", "the value one cannot be computed: NameError"),

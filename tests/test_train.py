@@ -1,5 +1,8 @@
 """Training: the loss against torch, what dropout and weight decay touch, a run that resumes as it stopped."""
 
+import re
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -195,3 +198,21 @@ def test_training_encoder_survives_its_own_files(tmp_path):
     encoder = train.train_encoder(TEXT, 300)
     encoder.save(tmp_path)
     assert get_encoder(tmp_path).encode(TEXT) == encoder.encode(TEXT)
+
+
+def test_the_loop_that_docs_questions_shows_tunes_a_model(tmp_path, monkeypatch):
+    checkout = Path(__file__).parents[1]
+    page = (checkout / "docs" / "questions.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    text = "Wherefore art thou Romeo? Because I am not Juliet.\n" * 60
+    (tmp_path / "my.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"124M"', '"shakespeare"'), {})
+
+    def loss(model):
+        encoder, hparams, params = load_encoder_hparams_and_params(model)
+        return train.lm_loss(
+            jax.tree.map(np.asarray, params), np.array(encoder.encode(text)[:200]), hparams["n_head"]
+        )
+
+    assert loss("models/mine") < loss("shakespeare") - 0.5

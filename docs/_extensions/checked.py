@@ -1,11 +1,12 @@
 """What the book shows is what the program says: examples are run, and values in the prose are computed.
 
-A block of ```pycon is run by doctest; the blocks of a page share one namespace. {value}`1,024 <len(wte)>` shows
-1,024, if that is what the expression comes to in the namespace that the page's blocks have made.
+A block of ```pycon is run by doctest; the blocks of a page share one namespace, and each exercise adds its own.
+{value}`1,024 <len(wte)>` shows 1,024, if that is what the expression comes to with the names that the page made.
 """
 
 import doctest
 import re
+from collections import defaultdict
 
 import numpy as np
 from docutils import nodes
@@ -28,10 +29,11 @@ def value_role(name, rawtext, text, lineno, inliner, options=None, content=()):
 def check_page(app, doctree):
     """Run a page's examples in order, then compare its values."""
     with np.printoptions():  # a page may set them, and is read by itself
-        namespace = run_examples(doctree, app.env.docname)
+        made = run_examples(doctree, app.env.docname)
+        of_page = {name: found for names in made.values() for name, found in names.items()}
         for node in list(doctree.findall(value)):
             try:
-                found = eval(node["expression"], namespace)
+                found = eval(node["expression"], of_page | made[exercise(node)])
             except Exception as error:
                 logger.warning("the value %s cannot be computed: %r", node["expression"], error, location=node)
             else:
@@ -41,26 +43,29 @@ def check_page(app, doctree):
 
 
 def run_examples(doctree, page):
-    """Run the blocks, and return what they have defined. What an exercise defines only exercises may use."""
+    """Run the blocks; return the names that each exercise makes, and under None those of the text between them.
+
+    An exercise may use what the text before it has made, but nothing of another exercise, which may be skipped.
+    """
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    in_text, in_all = {}, {}
+    made = defaultdict(dict)
     for block in doctree.findall(nodes.FixedTextElement):
         if isinstance(block, nodes.doctest_block) or block.get("language") == "pycon":
-            exercise = any("exercise" in box["classes"] for box in ancestors(block))
-            names = {"__name__": "__main__", **(in_all if exercise else in_text)}
+            names = {"__name__": "__main__"} | made[None] | made[exercise(block)]
             examples = doctest.DocTestParser().get_doctest(block.astext(), names, page, page, 0)
             said = []
             runner.run(examples, out=said.append, clear_globs=False)
-            in_all |= examples.globs
-            in_text |= {} if exercise else examples.globs
+            made[exercise(block)] |= examples.globs
             if said:
                 logger.warning("an example is wrong:\n%s", "".join(said), location=block)
-    return in_all
+    return made
 
 
-def ancestors(node):
-    while node := node.parent:
-        yield node
+def exercise(node):
+    """The exercise that a node is part of, or None."""
+    while node is not None and "exercise" not in getattr(node, "attributes", {}).get("classes", ()):
+        node = node.parent
+    return node
 
 
 def agrees(shown, found):
