@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from picogpt import __version__
-from picogpt.command import UsageError, colours, exit_status, read, say, write
+from picogpt.command import UsageError, colours, count, exit_status, read, say, write
 from picogpt.machine import blas, decode_threads, memory, set_threads
 
 HELP = """\
@@ -330,7 +330,7 @@ def pace(times: list[float]) -> str:
     n = len(times) - 1
     first = f", the first after {times[1] - times[0]:.2f} s" if n else ""
     others = f", then {(n - 1) / (times[-1] - times[1] + 1e-9):.1f} tokens per second" if n > 1 else ""
-    return f"{n} token{'s' * (n != 1)}{first}{others}"
+    return f"{count(n, 'token')}{first}{others}"
 
 
 def engine(backend: str) -> str:
@@ -341,7 +341,7 @@ def engine(backend: str) -> str:
         return f"JAX on {jax.default_backend()}"
     for library in blas().info():
         kernel, n = library.get("architecture") or library["version"], decode_threads()
-        return f"{library['internal_api']} {kernel}, {n} thread{'s' * (n != 1)}"
+        return f"{library['internal_api']} {kernel}, {count(n, 'thread')}"
     return "a BLAS that threadpoolctl does not know"  # such as Apple's Accelerate
 
 

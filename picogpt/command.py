@@ -58,6 +58,11 @@ def leave(*_: Any) -> None:
     os._exit(INTERRUPTED)
 
 
+def count(n: int, what: str) -> str:
+    """So many of them: 1 token, 2 tokens."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 def colours() -> int:
     """How many colours standard output shows: 256, 16, or 0 where it is no terminal, or one that wants none
     (NO_COLOR is set: no-color.org)."""

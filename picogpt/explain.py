@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import trange
 
 from picogpt import PicogptError, __version__
 from picogpt.checkpoint import VOCABULARY_FILES, load_encoder_hparams_and_params, load_hparams_and_params
-from picogpt.command import UsageError, exit_status, say
+from picogpt.command import UsageError, count, exit_status, say
 from picogpt.encoder import END_OF_TEXT, Encoder
 from picogpt.generation import check_ids
 from picogpt.model import attention, gpt2, softmax, transformer_block
@@ -29,7 +28,7 @@ from picogpt.model_dirs import OPENAI_SIZES, find_model_dir
 from picogpt.sampling import probabilities
 from picogpt.show import likeliest
 from picogpt.tensor_bundle import new_file
-from picogpt.trace import Trace, add_input, read_input, run_with_trace
+from picogpt.trace import Trace, add_input, input_ids, read_input, run_with_trace
 
 FORMAT = "picogpt explain 1"
 TEMPLATE = Path(__file__).with_name("explain.html")
@@ -82,10 +81,12 @@ def explain(
         raise ExplainError(f"{len(ids)} tokens are too many to look at: give at most {MOST_TOKENS}")
     with np.errstate(all="ignore"):  # of damaged weights; what comes of them is found right after
         logits, trace = run_with_trace(ids, params, n_head)
-    if not np.isfinite(logits).all():
+        lens = logit_lens(ids, params, n_head, logits)
+    # A variance that overflows makes a row of zeros, which no later number betrays.
+    scales = [scale for hook, scale in trace.items() if hook.endswith("hook_scale")]
+    if not all(np.isfinite(numbers).all() for numbers in (logits, lens["probabilities"], *scales)):
         raise ExplainError("the model computed NaN or infinity: its weights are damaged; fetch them again")
     names = [*EMBEDDINGS, *blocks_of(range(hparams["n_layer"]), STREAM)]
-    lens = logit_lens(ids, params, n_head, logits)
     named = {*ids, *likeliest(logits[-1], LOGITS), *np.unique(lens["ids"]).tolist()}
     data: dict[str, Any] = {"format": FORMAT, "picogpt": __version__, "model": name, "hparams": {**hparams}}
     data |= {"text": text, "ids": ids}
@@ -149,6 +150,8 @@ def logit_lens(ids: list[int], params: Mapping[str, Any], n_head: int, logits) -
 
     logits  of the whole model, which has run already  # [n_seq, n_vocab]
     """
+    from tqdm import trange
+
     lens: dict[str, Any] = {"ids": [], "probabilities": [], "next": []}
     n_layer = len(params["blocks"])
     no_bar = None if sys.stderr else True
@@ -179,14 +182,15 @@ def packed(x, dtype: Any) -> dict[str, Any]:
 def sample(trace: Trace, hparams: Mapping[str, int], room: int) -> dict[str, Any]:
     """Patterns and residual stream, as much of them as `room` bytes of base64 hold, and a sentence on the rest.
 
-    Patterns may have half of the room: all heads of as many layers as fit, or, where that is less than
-    LEAST_LAYERS, fewer heads. The residual stream of these layers, and the embeddings, have as many columns as
-    then fit. What is shown of layers, heads and columns is evenly spaced.
+    Patterns may have half of the room, or what the stream leaves: all heads of as many layers as fit, or, where
+    that is less than LEAST_LAYERS, fewer heads. The residual stream of these layers, and the embeddings, have
+    as many columns as then fit. What is shown of layers, heads and columns is evenly spaced.
     """
     n_seq = len(trace["hook_embed"])
     numbers = room * 3 // 4 // 2  # base64 takes 4 characters for 3 bytes, float16 2 bytes
     n_layer, n_head, n_embd = (hparams[key] for key in ("n_layer", "n_head", "n_embd"))
-    patterns = numbers // 2 // n_seq**2
+    stream = (len(EMBEDDINGS) + len(STREAM) * n_layer) * n_seq * n_embd
+    patterns = max(numbers // 2, numbers - stream) // n_seq**2
     n_heads = min(n_head, max(1, patterns // min(n_layer, LEAST_LAYERS)))
     layers = spread(n_layer, max(LEAST_LAYERS, patterns // n_heads))
     heads = spread(n_head, n_heads)
@@ -251,19 +255,21 @@ def load(args: argparse.Namespace) -> tuple[Encoder | None, dict[str, int], dict
 
 def report(args: argparse.Namespace) -> None:
     """Write the page that the command line asks for, and say where it is."""
-    output = args.output
-    if not output.name or (output.exists() and not output.is_file()):
-        raise UsageError(f"-o {output} is no file to write to: give one, such as page.html")
+    output = args.output.resolve()  # what a link leads to is written, and the link stays
+    if args.output.name in ("", "-") or (output.exists() and not output.is_file()):
+        raise UsageError(f"-o {args.output} is no file to write to: give one, such as page.html")
     if not output.parent.is_dir():
-        raise UsageError(f"-o {output}: there is no directory {output.parent}: make it first")
+        raise UsageError(f"-o {args.output}: there is no directory {output.parent}: make it first")
+    given = read_input(args)
     encoder, hparams, params = load(args)
-    text, ids = read_input(args, encoder, hparams)
+    ids = input_ids(given, encoder, hparams)
     name = Path(args.model_size).resolve().name
+    text = given if isinstance(given, str) else None
     data = explain(ids, params, hparams, encoder=encoder, text=text, name=name)
     html = page(data).encode()
     with new_file(output) as file:
         file.write(html)
-    said = f"{output}: {len(ids)} tokens through {name}, {len(html) / 1e6:.2f} MB"
+    said = f"{args.output}: {count(len(ids), 'token')} through {name}, {len(html) / 1e6:.2f} MB"
     say(". ".join(filter(None, (said, data["sampling"]))))
 
 

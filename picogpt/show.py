@@ -75,7 +75,7 @@ def printer(
 def row(chosen: int, p, encoder: Any, colours: int) -> str:  # id, [n_vocab] -> text
     """The chosen token and the likeliest others that are possible at all, each with its probability."""
     others = [i for i in likeliest(p, N_OTHERS + 1) if p[i] > 0 and i != chosen][:N_OTHERS]
-    first, *rest = (f"{number(p[i])} {token(encoder.decode_bytes([i]))}" for i in (chosen, *others))
+    first, *rest = (f"{number(p[i])} {token(i, encoder)}" for i in (chosen, *others))
     gap = " " * max(1, WIDTH - len(first))
     return (paint(first, p[chosen], colours) + gap + "".join(f"{cell:<{WIDTH - 1}} " for cell in rest)).rstrip()
 
@@ -88,12 +88,15 @@ def likeliest(scores, k: int) -> list[int]:  # [n_vocab] -> k ids, or all
 
 
 def number(p: float) -> str:
-    """A probability in five characters: 0.471, or 4e-07."""
+    """A probability: 0.471, or 4e-07."""
     return f"{p:.3f}" if p >= 0.0005 else f"{p:.0e}"
 
 
-def token(data: bytes) -> str:
-    """A token's bytes as Python writes the text, or the bytes where they are none."""
+def token(i: int, encoder: Any) -> str:
+    """A token as Python writes its text, or its bytes where they are none; #1030 if no vocabulary names it."""
+    if i >= encoder.n_vocab:  # vocabularies may be shorter than the model's table
+        return f"#{i}"
+    data = encoder.decode_bytes([i])
     try:
         return repr(data.decode("utf-8"))
     except UnicodeDecodeError:

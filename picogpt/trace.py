@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from picogpt import PicogptError
-from picogpt.command import UsageError, exit_status, read, say
+from picogpt.command import UsageError, count, exit_status, read, say
 from picogpt.model import gpt2, with_taps
 from picogpt.model_dirs import EMBEDDED
 from picogpt.names import tapped
@@ -106,15 +106,16 @@ def report(args: argparse.Namespace) -> None:
     from picogpt.checkpoint import load_encoder_hparams_and_params
     from picogpt.recording import record
 
-    encoder, hparams, params = load_encoder_hparams_and_params(args.model_size, args.models_dir)
     if not args.output.name:
         raise UsageError("-o is empty: give a directory to write to")
-    _, ids = read_input(args, encoder, hparams)
+    given = read_input(args)
+    encoder, hparams, params = load_encoder_hparams_and_params(args.model_size, args.models_dir)
+    ids = input_ids(given, encoder, hparams)
     about = {"text": encoder.decode(ids), "token_bytes": [encoder.decode_bytes([i]).hex() for i in ids]}
     recording = record(ids, params, hparams["n_head"], size=args.size, name=args.model_size, about=about)
     recording.save(args.output)
     n = len(recording.manifest["tensors"])
-    say(f"{args.output}: {n} tensors of {len(ids)} tokens through {args.model_size} ({args.size})")
+    say(f"{args.output}: {n} tensors of {count(len(ids), 'token')} through {args.model_size} ({args.size})")
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:
@@ -126,33 +127,37 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models_dir", help="where models are looked for by name")
 
 
-def read_input(
-    args: argparse.Namespace, encoder: Any, hparams: Mapping[str, int]
-) -> tuple[str | None, list[int]]:
-    """Return the text, None if ids were given, and its ids, which fit the model. `<|endoftext|>` is a token."""
-    from picogpt.encoder import END_OF_TEXT
-    from picogpt.generation import check_ids
-
+def read_input(args: argparse.Namespace) -> str | list[int]:
+    """Return the text, or the ids, that the command line gives: before a model is loaded, or downloaded."""
     if args.ids and args.text is not None:
         raise UsageError("a text and --ids were given: give one of them")
     if args.ids:
-        text, ids = None, parse_ids(" ".join(args.ids))
-    else:
-        if args.text is None and sys.stdin is not None and sys.stdin.isatty():
-            raise UsageError("there is no text: give it as an argument, or - to type it")
-        text = read() if args.text in (None, "-") else args.text
-        ids = encoder.encode(text, allowed_special=encoder.special_tokens.keys() & {END_OF_TEXT})
+        return parse_ids(" ".join(args.ids))
+    if args.text is None and sys.stdin is not None and sys.stdin.isatty():
+        raise UsageError("there is no text: give it as an argument, or - to type it")
+    return read() if args.text in (None, "-") else args.text
+
+
+def input_ids(given: str | list[int], encoder: Any, hparams: Mapping[str, int]) -> list[int]:
+    """Return the ids of what `read_input` returned, which fit the model. `<|endoftext|>` is a token."""
+    from picogpt.encoder import END_OF_TEXT
+    from picogpt.generation import check_ids
+
+    ids = given
+    if isinstance(ids, str):
+        ids = encoder.encode(ids, allowed_special=encoder.special_tokens.keys() & {END_OF_TEXT})
     check_ids(ids, hparams["n_vocab"])
     if len(ids) > (n_ctx := hparams["n_ctx"]):
         raise UsageError(f"{len(ids)} tokens do not fit into the model's {n_ctx} positions: shorten the text")
-    return text, ids
+    return ids
 
 
 def parse_ids(text: str) -> list[int]:
     """Return token ids from "1, 2 3" or "[1, 2, 3]"."""
     try:
-        return [int(word) for word in text.strip("[] \n").replace(",", " ").split()]
-    except ValueError:
+        ids = [int(word) for word in text.strip("[] \n").replace(",", " ").split()]
+        return np.array(ids, dtype=np.int64).tolist()
+    except (ValueError, OverflowError):
         raise UsageError(f"{text!r:.60} are not token ids: give numbers, such as 464,3290") from None
 
 

@@ -460,6 +460,8 @@ class TestCommand:
             (("--ids", "5,1024"), "token id 1024 is not in the model's vocabulary"),
             (("O", "--ids", "5"), "a text and --ids were given"),
             (("O", "--model_size", "nowhere"), "nowhere"),
+            (("O", "-o", "-"), "-o - is no file to write to: give one, such as page.html"),
+            (("--ids", "9" * 30), "are not token ids"),
             (("O", "-o", ""), "is no file to write to: give one, such as page.html"),
             (("O", "-o", "{}"), "is no file to write to: give one, such as page.html"),
             (("O", "-o", "{}/missing/page.html"), "there is no directory"),
@@ -476,6 +478,17 @@ class TestCommand:
         assert message in err
         assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
         assert (tmp_path / "page.html").read_text() == "as it was"
+
+    def test_what_is_wrong_with_the_input_is_said_before_a_model_is_loaded(self, capfd, tmp_path):
+        for args in (["O", "--ids", "5"], ["--ids", "x"]):
+            assert main(["-o", str(tmp_path / "page.html"), "--model_size", "nowhere", *args]) == 2
+            assert "nowhere" not in capfd.readouterr().err
+
+    @pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+    def test_a_link_stays_and_what_it_leads_to_is_written(self, tmp_path):
+        (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
+        assert main(["O", "-o", str(tmp_path / "link.html")]) == 0
+        assert (tmp_path / "link.html").is_symlink() and b"<html" in (tmp_path / "page.html").read_bytes()
 
     def test_at_a_terminal_it_asks_for_a_text(self, capfd, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
@@ -497,6 +510,14 @@ class TestCommand:
         assert main(["O", "-o", str(tmp_path / "page.html")]) == 2
         assert re.fullmatch(r"picogpt: cannot write .*page.html: No space left.*\n", capfd.readouterr().err)
         assert [path.read_text() for path in tmp_path.iterdir()] == ["as it was"]
+
+    def test_weights_so_large_that_a_variance_overflows_are_no_page(self, capfd, tmp_path):
+        """Normalized rows become 0, and the logits stay finite."""
+        params = random_params(**SMALL, dtype=np.float32)
+        save_checkpoint(tmp_path / "model", SMALL, {**params, "wpe": params["wpe"] * np.float32(1e25)})
+        args = ["--model_size", str(tmp_path / "model"), "-o", str(tmp_path / "page.html")]
+        assert main([*args, "--ids", "1", "2"]) == 2
+        assert re.fullmatch("picogpt: .* its weights are damaged; fetch them again\n", capfd.readouterr().err)
 
     def test_damaged_weights(self, capfd, tmp_path):
         params = random_params(**SMALL, dtype=np.float32)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from models import random_params, transformers_model
 from picogpt import show
 from picogpt.__main__ import main
-from picogpt.checkpoint import load_encoder_hparams_and_params, save_checkpoint
+from picogpt.checkpoint import load_encoder_hparams_and_params, load_hparams_and_params, save_checkpoint
 from picogpt.encoder import END_OF_TEXT, SYMBOL_OF_BYTE, Encoder, get_encoder
 from picogpt.model import gpt2
 from picogpt.show import PAINTS, coloured_text, number, paint, token
@@ -243,7 +244,7 @@ def test_a_probability_takes_five_characters(p, shown):
     ],
 )
 def test_a_token_is_written_so_that_it_is_seen(data, shown):
-    assert token(data) == shown
+    assert token(0, SimpleNamespace(n_vocab=1, decode_bytes=lambda ids: data)) == shown
 
 
 # Colours
@@ -357,3 +358,14 @@ def test_of_equal_scores_the_smaller_id_comes_first():
     assert show.likeliest(np.array([1.0, 3.0, 2.0, 3.0, 2.0, 2.0]), 4) == [1, 3, 2, 4]
     assert show.likeliest(np.tile([1.0, 3.0, 2.0], 40), 60) == [*range(1, 120, 3), *range(2, 62, 3)]
     assert show.likeliest(np.array([1.0, 3.0]), 5) == [1, 0]
+
+
+def test_ids_past_the_vocabulary_are_shown_as_numbers(model, capsys, tmp_path):
+    """Tables of embeddings are padded to round lengths."""
+    hparams, params = load_hparams_and_params(Path(model))
+    wte = np.concatenate([params["wte"], 9 * params["wte"][-2:-1]])  # as likely as any that has a name
+    save_checkpoint(tmp_path / "padded", {**hparams, "n_vocab": 258}, {**params, "wte": wte})
+    get_encoder(model).save(tmp_path / "padded")
+    flags = ["--n_tokens_to_generate", "4", "--seed", "1", "--temperature", "9", "--show", "probabilities"]
+    assert main([PROMPT, "--model_size", str(tmp_path / "padded"), *flags]) == 0
+    assert " #257" in capsys.readouterr().out

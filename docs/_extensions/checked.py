@@ -1,7 +1,7 @@
 """What the book shows is what the program says: examples are run, and values in the prose are computed.
 
 A block of ```pycon is run by doctest; the blocks of a page share one namespace, and each exercise adds its own.
-{value}`1,024 <len(wte)>` shows 1,024, if that is what the expression comes to with the names that the page made.
+{value}`1,024 <len(wte)>` shows 1,024, if that is what the expression comes to with the names of the page.
 """
 
 import doctest
