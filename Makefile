@@ -48,7 +48,7 @@ mistakes: .venv/installed-oracle ## plant known faults in torch's forward pass, 
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/test_diagnose.py
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/test_diagnose.py --pairs 300
 
-docs: .venv/installed-dev .venv/installed-docs ## build the book, docs/_build/html/index.html; fail if it does not match the code
+docs: .venv/installed-docs ## build the book, docs/_build/html/index.html; fail if it does not match the code
 	$(BIN)/python -m pytest --quiet tests/test_shape_comments.py
 	$(BIN)/sphinx-build -q -E -W --keep-going -d docs/_build/doctrees docs docs/_build/html
 	$(BIN)/python -m picogpt.explain "Friends, Romans," -o docs/_build/html/explain.html

@@ -19,7 +19,7 @@ GRAVE = ("serious", "critical")
 @pytest.fixture(scope="module")
 def chromium():
     """The running browser."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[docs]'")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
     if CHROMIUM is None:
         pytest.skip("needs a browser: chromium, chromium-browser or google-chrome")
     with sync_api.sync_playwright() as playwright:
@@ -58,7 +58,7 @@ def visit(chromium, request):
 def grave_findings(page) -> list[str]:
     """What axe-core finds that keeps people from using the page: its rules, and where they are broken."""
     axe = pytest.importorskip(
-        "axe_playwright_python.sync_playwright", reason="needs axe: pip install -e '.[docs]'"
+        "axe_playwright_python.sync_playwright", reason="needs axe: pip install -e '.[dev]'"
     )
     found = axe.Axe().run(page, options={"preload": False}).response  # preloading would fetch styles anew
     assert len(found["passes"]) > 10  # it has looked
