@@ -368,7 +368,8 @@ def test_the_dials_show_what_is_drawn_and_what_is_cut(show, data):
 
     shown.get_by_role("button", name="Greedy").click()
     assert shown.locator("#bars .number").all_inner_texts() == ["100.0 %"] + ["not the largest"] * 29
-    assert shown.get_by_role("button", name="Greedy").get_attribute("aria-pressed") == "true"
+    shown.get_by_role("button", name="Greedy").click()  # once more changes nothing
+    assert shown.locator("#temperature-out").inner_text() == "0, greedy"
     shown.get_by_role("button", name="Reset").click()
     check(1.0, None, None)
     shown.locator("#temperature").focus()
@@ -400,7 +401,126 @@ def test_a_page_of_ids_has_no_merges_but_all_the_rest(show):
 def test_one_token_alone_is_a_page_too(show):
     shown = show(explain([37], PARAMS, HPARAMS, encoder=ENCODER, text="F", name="shakespeare"))
     assert looked_at(shown) == ("Layer 2, head 0: token 0, “F”, looks at", [(0, 1.0)])
-    assert shown.locator("#merge-say").inner_text().startswith("All 0 merges done: 1 token,")
+
+
+def explained(text: str) -> dict:
+    ids = ENCODER.encode(text, allowed_special={"<|endoftext|>"})
+    return explain(ids, PARAMS, HPARAMS, encoder=ENCODER, text=text)
+
+
+@pytest.mark.parametrize("text", ["a", "é", "<|endoftext|>", "x" * 90], ids=ascii)
+def test_where_nothing_is_to_be_merged_nothing_can_be_stepped_through(show, text):
+    shown = show(explained(text))
+    assert shown.locator("#merge-say").inner_text().startswith("Nothing to merge:")
+    assert not shown.locator("#merge-controls, #merge-details").filter(visible=True).count()
+    assert shown.locator("#byte-hint").is_visible() == (text == "é")
+
+
+def test_one_merge_is_no_merges_and_not_every_symbol_is_a_byte(show):
+    shown = show(explained("th<|endoftext|>"))
+    assert shown.locator("#merge-say").inner_text().startswith("After 1 merge: 2 tokens.")
+    shown.locator("#merge-back").click()
+    assert shown.locator("#stage bdi").all_inner_texts() == ["t", "h", "<|endoftext|>"]
+    assert "a byte, or a token that is shown whole" in shown.locator("#merge-say").inner_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        (" " + "w" * 70, " " + "w" * 55 + "…"),
+        ("word " * 20, "word " * 10 + "word…"),
+        ("a" + "🙂" * 70, "a" + "🙂" * 55 + "…"),
+        ("\u202egnol\x00 \u2066x" + "y" * 60, "\\u{202e}gnol\\u{0}…"),
+        ("\u202e\u05d0\u05d1", "\\u{202e}\u05d0\u05d1"),
+    ],
+    ids=["one long word", "words", "emoji", "signs that turn lines around", "right to left"],
+)
+def test_whatever_the_text_its_beginning_is_the_headline(show, data, text, title):
+    shown = show(copy.deepcopy(data) | {"text": text})
+    assert shown.locator("h1 bdi").evaluate("bdi => bdi.textContent") == title
+    assert shown.locator("h1").evaluate("h1 => h1.textContent") == f"What shakespeare makes of “{title}”"
+    assert f"“{' '.join(title.split())}" in " ".join(shown.title().split()).replace("“ ", "“")
+    assert "\u202e" not in shown.locator("#text").evaluate("text => text.textContent")
+
+
+@pytest.mark.parametrize("width", [390, 1300])
+def test_many_heads_stand_in_rows_beside_or_below_the_name_of_their_layer(show, data, width):
+    many = copy.deepcopy(data) | {"heads": [*range(20)]}
+    for i in range(HPARAMS["n_layer"]):
+        name = f"blocks.{i}.attn.hook_pattern"
+        many["arrays"][name] = packed(np.tile(array(data, name), (5, 1, 1)))
+    shown = show(many, width=width)
+    layer = shown.locator(".layer").nth(1)
+    name, *heads = (node.bounding_box() for node in (layer.locator("b"), *layer.locator(".chip").all()))
+    assert len({head["x"] for head in heads}) == (6 if width == 390 else 10)
+    assert len({round(head["width"]) for head in heads}) == 1
+    if width == 390:
+        assert all(head["y"] >= name["y"] + name["height"] for head in heads)
+    else:
+        assert all(head["x"] >= name["x"] + name["width"] for head in heads)
+
+
+@pytest.mark.parametrize("width", [390, 1300])
+def test_the_pattern_of_many_tokens_is_nearly_square_and_names_the_row_one_is_at(show, width):
+    n = 120
+    shown = show(explain([*range(n)], PARAMS, HPARAMS, encoder=ENCODER), width=width)
+    box = shown.locator("#pattern").bounding_box()
+    assert 0.9 < box["height"] / box["width"] < 1.5
+    shown.locator("#rows input").nth(60).focus()
+    shown.keyboard.press("Space")
+    shown.keyboard.press("ArrowDown")
+    named = [i for i, name in enumerate(shown.locator("#rows bdi").all()) if name.is_visible()]
+    row, label = shown.locator(".map i").bounding_box(), shown.locator("#rows bdi").nth(61).bounding_box()
+    assert named == [61] and label["height"] > 12
+    assert abs(row["y"] + row["height"] / 2 - label["y"] - label["height"] / 2) < 2
+    assert overflow(shown) == 0
+
+
+def test_cells_and_labels_agree_on_their_size(show):
+    """Else larger labels leave less room for cells, smaller cells want smaller labels, and the page shivers."""
+    shown = show(explained("To be, or not to be, that is the question: whether " * 3))
+    heights = shown.evaluate(
+        """async () => {
+            const heights = new Set(), box = document.getElementById("matrix");
+            for (let frame = 0; frame < 20; frame++) {
+                await new Promise(requestAnimationFrame);
+                if (frame > 5) heights.add(box.clientHeight);
+            }
+            return [...heights];
+        }"""
+    )
+    assert len(heights) == 1
+
+
+def test_a_share_that_rounds_to_nothing_is_not_said_to_be_nothing(show, data):
+    small = copy.deepcopy(data)
+    pattern = np.zeros_like(array(data, "blocks.2.attn.hook_pattern"))  # as float16 has what is below 3e-8
+    pattern[:, -1, 0] = 1
+    small["arrays"]["blocks.2.attn.hook_pattern"] = packed(pattern)
+    small["lens"]["probabilities"][0][0] = [0.0034] * 5
+    small["logits"] = packed([1000, *[0] * 40])
+    shown = show(small)
+    assert shown.locator("#looks-say .number").nth(1).inner_text().startswith("< 0.01 %")
+    assert shown.locator("#lens-grid small").first.inner_text() == "<1"
+    assert "that of 1 equally likely token " in shown.locator("#choice-say").inner_text()
+    assert "had < 0.01 % together and now have nothing" in shown.locator("#rest").inner_text()
+
+
+def test_the_chart_fits_the_other_tokens_or_says_that_it_does_not(show, data):
+    shown = show(data)
+
+    def highest():
+        drawn = [path.get_attribute("d") for path in shown.locator("#norms path.other").all()]
+        return min(float(y) for points in drawn for y in re.findall(r" (-?[\d.]+)", points))
+
+    assert highest() >= 0 and "above" not in shown.locator("#norm-keys").inner_text()
+    tall = copy.deepcopy(data)
+    for norms in tall["norms"].values():
+        norms[0] *= 50
+    shown = show(tall)
+    assert (
+        highest() < 0 and "tokens; 1 of them far above this scale" in shown.locator("#norm-keys").inner_text()
+    )
 
 
 @pytest.fixture
@@ -420,6 +540,7 @@ def sampled(data):
 def test_a_sampled_page_says_so_and_names_what_it_shows(show, data, sampled):
     shown = show(sampled)
     assert shown.locator("#sampled").inner_text() == "It shows 2 of 3 layers."
+    assert "every" not in shown.locator("#lede").inner_text()
     assert "3 of its 256 numbers" in shown.locator("#strips-caption").inner_text()
     steps = [row.get_attribute("title") for row in shown.locator("#strips tbody tr").all()]
     assert "blocks.2.hook_resid_pre" in steps and not any(name.startswith("blocks.1.") for name in steps)
@@ -447,12 +568,23 @@ def wide(data):
     return hard
 
 
-@pytest.mark.parametrize("which", ["data", "wide"])
+@pytest.fixture
+def huge(data):
+    """Numbers of twenty digits."""
+    large = copy.deepcopy(data)
+    large["norms"] = {name: [1e19 * norm for norm in norms] for name, norms in data["norms"].items()}
+    for name in data["arrays"]:
+        if "pattern" not in name:
+            large["arrays"][name] = packed(1e19 * array(data, name).astype(float))
+    return large
+
+
+@pytest.mark.parametrize("which", ["data", "wide", "huge"])
 @pytest.mark.parametrize("width", [320, 390, 1300])
 def test_nothing_is_wider_than_the_window(show, request, which, width):
     shown = show(request.getfixturevalue(which), width=width)
     assert overflow(shown) == 0
-    shown.locator("#merge-details summary").click()
+    shown.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true })")
     assert overflow(shown) == 0
     shown.emulate_media(media="print")
     assert overflow(shown) == 0
@@ -501,6 +633,21 @@ def test_paper_gets_what_is_folded_away(show, data):
     shown.emulate_media(media="print")
     assert shown.evaluate("getComputedStyle(document.querySelector('.scroll')).maxHeight") == "none"
     assert len(shown.pdf()) > 50_000
+
+
+def test_paper_asks_for_nothing_and_breaks_no_heading(show, data):
+    deep = copy.deepcopy(data)
+    deep["lens"] = {key: values[:1] * 9 + values for key, values in data["lens"].items()}
+    shown = show(deep, width=680)  # an A4 sheet between its margins
+    asked = ("Choose a token", "Choose one", "Point at a row", "Arrow keys move")
+    assert all(said in shown.locator("body").inner_text() for said in asked)
+    shown.emulate_media(media="print")
+    assert not any(said in shown.locator("body").inner_text() for said in asked)
+    heights = shown.locator("#lens-grid thead th").evaluate_all(
+        "all => all.map((th) => { const range = new Range(); range.selectNodeContents(th);"
+        " return range.getClientRects().length; })"
+    )
+    assert heights == [1] * 15
 
 
 FOCUSED = """() => {
