@@ -114,6 +114,11 @@ FAULTS = {  # page: its text, and what the build is to say of it
     "stale": ("```{annotated} picogpt.model.keep\n@ return y\n```", "'return y' in 0 of the lines left"),
     "ambiguous": ("```{annotated} picogpt.model.gelu\n@ y += 1.0\n```", "'y += 1.0' in 2 of the lines left"),
     "gone": ("```{annotated} picogpt.model.geglu\n```", "defines geglu 0 times"),
+    "elsewhere": ("```{annotated} picogpt.train.main\n```", "the book has no room picogpt.train.main"),
+    "lost": (
+        "```{annotated} picogpt.model.keep\nLost.\n\n@ def keep\nHere.\n```",
+        "before the first line: Lost.",
+    ),
     "example": ("```pycon\n>>> 1 + 1\n3\n```", "Expected:\n    3\nGot:\n    2"),
     "raises": ("```pycon\n>>> import picogpt.nothing\n```", "ModuleNotFoundError"),
     "unordered": ("```pycon\n>>> x + 1\n2\n>>> x = 1\n```", "NameError"),

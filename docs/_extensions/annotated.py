@@ -121,12 +121,11 @@ class Annotated(SphinxDirective):
         """Triples of a module, its lines, and the nodes of the note on them."""
         where = []
         for argument in self.arguments[0].split():
-            name = next(name for name in BOOK if f"{argument}.".startswith(f"{name}."))
-            source = module(name)
-            lines = source.span(
-                [part for part in argument[len(name) :].split(".") if part], "head" in self.options
-            )
-            where += [(source, i) for i in lines]
+            names = argument.split(".")
+            if ".".join(names[:2]) not in BOOK:
+                raise LookupError(f"the book has no room {argument}")
+            source = module(".".join(names[:2]))
+            where += [(source, i) for i in source.span(names[2:], "head" in self.options)]
         source = where[0][0]
         lines = [i for _, i in where]
         if "from" in self.options:
@@ -142,8 +141,10 @@ class Annotated(SphinxDirective):
             else:
                 notes[-1].append((line, number))
         pieces = [lines[start:stop] for start, stop in pairwise([*starts, len(lines)])]
-        kept = [(lines, note) for lines, note in zip(pieces, notes, strict=True) if lines]
-        return [(source, lines, self.parse_note(note)) for lines, note in kept]
+        rows = [(source, some, self.parse_note(note)) for some, note in zip(pieces, notes, strict=True)]
+        if lost := [note for _, some, note in rows if note and not some]:
+            raise LookupError(f"a note stands before the first line: {lost[0][0].astext():.40}")
+        return [row for row in rows if row[1]]
 
     def parse_note(self, note):
         text = "\n".join(line for line, _ in note)
