@@ -279,7 +279,7 @@ def test_the_next_step_is_said_and_can_be_typed(check, model, tmp_path, monkeypa
         for words in commands:
             argv = ["truth" if word == "MINE" else word for word in words[3:]]
             assert mains[words[2].partition(".")[2]](argv) == 0
-        assert f" of {1 if options else 64} tokens through" in capfd.readouterr().err
+        assert f" of {'1 token' if options else '64 tokens'} through" in capfd.readouterr().err
 
 
 def test_all_logits_are_asked_for_where_mistakes_are_looked_for(check):
