@@ -49,7 +49,8 @@ mistakes: .venv/installed-oracle ## plant known faults in torch's forward pass, 
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/test_diagnose.py --pairs 300
 
 docs: .venv/installed-docs ## build the book, docs/_build/html/index.html; fail if it does not match the code
-	$(BIN)/python -m pytest --quiet tests/test_shape_comments.py
+	@# Without its cache pytest leaves alone the list of what the last `make test` skipped.
+	$(BIN)/python -m pytest --quiet -p no:cacheprovider tests/test_shape_comments.py
 	$(BIN)/sphinx-build -q -E -W --keep-going -d docs/_build/doctrees docs docs/_build/html
 	$(BIN)/python -m picogpt.explain "Friends, Romans," -o docs/_build/html/explain.html
 

@@ -10,6 +10,9 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS), str(DOCS / "_extensions")]
 # With as many threads as cores OpenBLAS collapses as soon as a neighbour holds a core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# The notebook is run by a process of its own, which reads the same picogpt.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(DOCS.parent), os.environ.get("PYTHONPATH"))))
+
 from picogpt import __version__  # noqa: E402
 
 project = "picogpt"

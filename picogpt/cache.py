@@ -36,7 +36,7 @@ class KVCache:
         self.capacity = capacity
         self.store: Any = None
 
-    def __call__(self, q, k, v, tap=keep):  # [n_head, n_q, d], 2 x [n_head, n_q, d] -> [n_head, n_q, d]
+    def __call__(self, q, k, v, tap=keep):  # 3 x [n_head, n_q, d] -> [n_head, n_q, d]
         start = self.length
         self.reserve(k.shape[1], k)
         return self.part(start, self.length)(q, k, v, tap)
@@ -61,7 +61,7 @@ class KVCache:
         Rows know nothing of one another but in attention: threads that own a part each write its keys and
         values, `wait` until all have, and attend."""
 
-        def attend(q, k, v, tap=keep):  # [n_head, n_q, d], 2 x [n_head, n_q, d] -> [n_head, n_q, d]
+        def attend(q, k, v, tap=keep):  # 3 x [n_head, n_q, d] -> [n_head, n_q, d]
             self.store[0, :, start:stop] = k
             self.store[1, :, start:stop] = v
             wait()
@@ -90,7 +90,7 @@ class JAXCache:
         self.state = keys, values
         self.length = length
 
-    def __call__(self, q, k, v, tap=keep):  # [n_head, n_q, d], 2 x [n_head, n_q, d] -> [n_head, n_q, d]
+    def __call__(self, q, k, v, tap=keep):  # 3 x [n_head, n_q, d] -> [n_head, n_q, d]
         xp = q.__array_namespace__()
         here = self.length + xp.arange(k.shape[1])
         keys, values = self.state
@@ -109,7 +109,7 @@ def packed(attends, lengths):
     stops = np.cumsum(lengths)
     borders = list(zip((stops - lengths).tolist(), stops.tolist(), strict=True))
 
-    def attend(q, k, v, tap=keep):  # [n_head, sum(lengths), d], likewise k and v -> [n_head, sum(lengths), d]
+    def attend(q, k, v, tap=keep):  # 3 x [n_head, sum(lengths), d] -> [n_head, sum(lengths), d]
         xp = q.__array_namespace__()
         parts = [
             own(q[:, start:stop], k[:, start:stop], v[:, start:stop], tap=tap)

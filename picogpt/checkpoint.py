@@ -37,6 +37,10 @@ _PREFIX = "model.ckpt"
 _PREVIOUS = "model.ckpt.previous"  # `save_checkpoint` keeps the old weights here until the new ones are whole
 
 
+class NoVocabularyError(CheckpointError):
+    """A model directory without a vocabulary, for more or fewer tokens than GPT-2's own has."""
+
+
 def load_encoder_hparams_and_params(
     model_size: str = "124M", models_dir: str | Path | None = None, *, verify: bool = False
 ) -> tuple[Encoder, dict[str, int], dict[str, Any]]:
@@ -64,7 +68,7 @@ def load_encoder(directory: Path, hparams: Mapping[str, int]) -> Encoder:
     elif hparams["n_vocab"] == 50257:
         encoder = get_encoder()
     else:
-        raise CheckpointError(f"{directory} has no vocabulary: put encoder.json and vocab.bpe there")
+        raise NoVocabularyError(f"{directory} has no vocabulary: put encoder.json and vocab.bpe there")
     if encoder.n_vocab > hparams["n_vocab"]:  # fewer is well: vocabularies are padded to round numbers
         raise CheckpointError(
             f"{directory}: the vocabulary has {encoder.n_vocab} tokens, the model only {hparams['n_vocab']}: "

@@ -19,12 +19,17 @@ from typing import Any
 import numpy as np
 
 from picogpt import PicogptError, __version__
-from picogpt.checkpoint import VOCABULARY_FILES, load_encoder_hparams_and_params, load_hparams_and_params
+from picogpt.checkpoint import (
+    NoVocabularyError,
+    load_encoder,
+    load_encoder_hparams_and_params,
+    load_hparams_and_params,
+)
 from picogpt.command import UsageError, count, exit_status, say
 from picogpt.encoder import END_OF_TEXT, Encoder
 from picogpt.generation import check_ids
 from picogpt.model import attention, gpt2, softmax, transformer_block
-from picogpt.model_dirs import OPENAI_SIZES, find_model_dir
+from picogpt.model_dirs import find_model_dir
 from picogpt.sampling import probabilities
 from picogpt.show import likeliest
 from picogpt.tensor_bundle import new_file
@@ -154,7 +159,7 @@ def logit_lens(ids: list[int], params: Mapping[str, Any], n_head: int, logits) -
 
     lens: dict[str, Any] = {"ids": [], "probabilities": [], "next": []}
     n_layer = len(params["blocks"])
-    no_bar = None if sys.stderr else True
+    no_bar = None if sys.stderr else True  # None: where standard error is a terminal; without one it would fail
     for depth in trange(n_layer + 1, desc="logit lens", unit=" runs", leave=False, disable=no_bar, delay=1):
         fewer = {**params, "blocks": params["blocks"][:depth]}
         x = gpt2(ids, **fewer, n_head=n_head) if depth < n_layer else logits
@@ -172,9 +177,8 @@ def rounded(x: Iterable[float], digits: int) -> list[float]:
 
 
 def packed(x, dtype: Any) -> dict[str, Any]:
-    """An array for JSON: shape, dtype (float32 where float16 overflows), and its bytes, in base64."""
-    fits = np.abs(x).max() <= np.finfo(dtype).max
-    x = np.asarray(x, dtype=np.dtype(dtype if fits else np.float32).newbyteorder("<"), order="C")
+    """An array for JSON: its shape, its dtype, and its bytes in base64."""
+    x = np.asarray(x, dtype=np.dtype(dtype).newbyteorder("<"), order="C")
     data = base64.b64encode(x.tobytes()).decode()
     return {"shape": list(x.shape), "dtype": x.dtype.name, "data": data}
 
@@ -187,10 +191,12 @@ def sample(trace: Trace, hparams: Mapping[str, int], room: int) -> dict[str, Any
     as many columns as then fit. What is shown of layers, heads and columns is evenly spaced.
     """
     n_seq = len(trace["hook_embed"])
-    numbers = room * 3 // 4 // 2  # base64 takes 4 characters for 3 bytes, float16 2 bytes
+    whole = [*EMBEDDINGS, *blocks_of(range(hparams["n_layer"]), STREAM)]
+    largest = max(np.abs(trace[hook]).max() for hook in whole)
+    dtype = np.dtype(np.float16 if largest <= np.finfo(np.float16).max else np.float32)
+    numbers = room * 3 // 4 // dtype.itemsize  # base64 takes 4 characters for 3 bytes
     n_layer, n_head, n_embd = (hparams[key] for key in ("n_layer", "n_head", "n_embd"))
-    stream = (len(EMBEDDINGS) + len(STREAM) * n_layer) * n_seq * n_embd
-    patterns = max(numbers // 2, numbers - stream) // n_seq**2
+    patterns = max(numbers // 2, numbers - len(whole) * n_seq * n_embd) // n_seq**2
     n_heads = min(n_head, max(1, patterns // min(n_layer, LEAST_LAYERS)))
     layers = spread(n_layer, max(LEAST_LAYERS, patterns // n_heads))
     heads = spread(n_head, n_heads)
@@ -207,7 +213,7 @@ def sample(trace: Trace, hparams: Mapping[str, int], room: int) -> dict[str, Any
         "heads": heads,
         "columns": columns,
         "sampling": said if less else "",
-        "arrays": {hook: packed(x, np.float16) for hook, x in arrays.items()},
+        "arrays": {hook: packed(x, dtype) for hook, x in arrays.items()},
     }
 
 
@@ -246,11 +252,13 @@ def page(data: Mapping[str, Any]) -> str:
 def load(args: argparse.Namespace) -> tuple[Encoder | None, dict[str, int], dict[str, Any]]:
     """The model of a command line; without an encoder if ids are given and the directory has no vocabulary."""
     directory = find_model_dir(args.model_size, args.models_dir)
-    if args.ids and directory and not any((directory / name).exists() for name in VOCABULARY_FILES):
-        hparams, params = load_hparams_and_params(directory)
-        if hparams["n_vocab"] != OPENAI_SIZES["124M"]["n_vocab"]:  # else it is GPT-2's own
-            return None, hparams, params
-    return load_encoder_hparams_and_params(args.model_size, args.models_dir)
+    if not (args.ids and directory):
+        return load_encoder_hparams_and_params(args.model_size, args.models_dir)
+    hparams, params = load_hparams_and_params(directory)
+    try:
+        return load_encoder(directory, hparams), hparams, params
+    except NoVocabularyError:
+        return None, hparams, params
 
 
 def report(args: argparse.Namespace) -> None:

@@ -28,8 +28,8 @@ PAINTS = {
 
 
 def watched(params, seen: list[Any]) -> dict[str, Any]:
-    """A shallow copy of the tree that notes its logits, `[n_vocab]`: in `seen[0]` the first, which follow the
-    prompt and start every sample, and in `seen[-1]` the latest."""
+    """A shallow copy of the tree that fills the list `seen` with its logits, `[n_vocab]`: `seen[0]` are the
+    first, which follow the prompt and start every sample, and `seen[-1]` the latest."""
 
     def tap(name, x):
         if name == "logits":

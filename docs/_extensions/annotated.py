@@ -43,8 +43,8 @@ class Module:
         formatter = HtmlFormatter(nowrap=True)
         self.coloured = ["", *highlight(text, PythonLexer(stripnl=False), formatter).splitlines()]
 
-    def span(self, names, head=False):
-        """The first and last line of what `names` lead to, such as ["Encoder", "encode"], with its comments."""
+    def span(self, names):
+        """The lines of what `names` lead to, such as ["Encoder", "encode"], with the comments above it."""
         if not names:
             return range(1, len(self.lines))
         if names == ["__doc__"]:
@@ -55,16 +55,10 @@ class Module:
             if len(found) != 1:
                 raise LookupError(f"{self.path.name} defines {'.'.join(names)} {len(found)} times")
             node = found[0]
-        last = node.end_lineno
-        if head:
-            last = self.first(next(child for child in node.body if isinstance(child, DEFINITIONS))) - 1
-        return range(self.first(node), last + 1)
-
-    def first(self, node):
         first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
         while self.lines[first - 1].lstrip().startswith("#"):
             first -= 1
-        return first
+        return range(first, node.end_lineno + 1)
 
     def line_with(self, text, lines):
         """The one among `lines` that holds `text`."""
@@ -97,37 +91,34 @@ class Annotated(SphinxDirective):
     required_arguments = 1
     final_argument_whitespace = True
     has_content = True
-    option_spec = {"head": directives.flag, "from": directives.unchanged, "until": directives.unchanged}  # noqa: RUF012
+    option_spec = {"from": directives.unchanged, "until": directives.unchanged}  # noqa: RUF012
 
     def run(self):
         try:
-            rows = self.rows()
+            source, rows = self.rows()
         except (LookupError, AttributeError) as error:
             logger.warning("annotated %s: %s", self.arguments[0], error, location=self.get_location())
             return []
+        self.env.note_dependency(str(source.path))
         table = nodes.container(classes=["annotated"])
-        for source, lines, note in rows:
+        for lines, note in rows:
             shown = self.env.annotated_lines.setdefault(self.env.docname, [])
             shown += [(source.path.stem, i) for i in lines]
             row = nodes.container(classes=["annotated-row"])
             row += nodes.raw("", _code(source, lines), format="html")
             row += nodes.container("", *note, classes=["annotated-note"])
             table += row
-        first = rows[0][0].path.name, rows[0][1][0]
-        title = nodes.paragraph("", f"{first[0]}, from line {first[1]}", classes=["annotated-file"])
-        return [title, table]
+        title = f"{source.path.name}, from line {rows[0][0][0]}"
+        return [nodes.paragraph("", title, classes=["annotated-file"]), table]
 
     def rows(self):
-        """Triples of a module, its lines, and the nodes of the note on them."""
-        where = []
-        for argument in self.arguments[0].split():
-            names = argument.split(".")
-            if ".".join(names[:2]) not in BOOK:
-                raise LookupError(f"the book has no room {argument}")
-            source = module(".".join(names[:2]))
-            where += [(source, i) for i in source.span(names[2:], "head" in self.options)]
-        source = where[0][0]
-        lines = [i for _, i in where]
+        """The module, and pairs of some of its lines and the nodes of the note on them."""
+        parts = [argument.split(".") for argument in self.arguments[0].split()]
+        rooms = {".".join(names[:2]) for names in parts}
+        if len(rooms) > 1 or not rooms <= {*BOOK}:
+            raise LookupError(f"{', '.join(sorted(rooms))}: give one of {', '.join(BOOK)}")
+        source = module(*rooms)
+        lines = [i for names in parts for i in source.span(names[2:])]
         if "from" in self.options:
             lines = lines[lines.index(source.line_with(self.options["from"], lines)) :]
         if "until" in self.options:
@@ -141,10 +132,10 @@ class Annotated(SphinxDirective):
             else:
                 notes[-1].append((line, number))
         pieces = [lines[start:stop] for start, stop in pairwise([*starts, len(lines)])]
-        rows = [(source, some, self.parse_note(note)) for some, note in zip(pieces, notes, strict=True)]
-        if lost := [note for _, some, note in rows if note and not some]:
+        rows = [(some, self.parse_note(note)) for some, note in zip(pieces, notes, strict=True)]
+        if lost := [note for some, note in rows if note and not some]:
             raise LookupError(f"a note stands before the first line: {lost[0][0].astext():.40}")
-        return [row for row in rows if row[1]]
+        return source, [(some, note) for some, note in rows if some]
 
     def parse_note(self, note):
         text = "\n".join(line for line, _ in note)
@@ -160,8 +151,7 @@ def _code(source, lines):
         lines = lines[:-1]
     rows = "".join(map(functools.partial(_line, source), lines))
     label = html.escape(f"{source.path.name}, lines {lines[0]} to {lines[-1]}")
-    where = f"{source.path.stem}-{lines[0]}"
-    return f'<div class="highlight" id="{where}"><pre aria-label="{label}">{rows}</pre></div>'
+    return f'<div class="highlight"><pre aria-label="{label}">{rows}</pre></div>'
 
 
 def _line(source, i):
@@ -181,10 +171,6 @@ def forget(app, env, docname):
     env.annotated_lines.pop(docname, None)
 
 
-def merge(app, env, docnames, other):
-    env.annotated_lines.update({name: other.annotated_lines.get(name, []) for name in docnames})
-
-
 def check_whole(app, env):
     """Warn of every line that is not shown once."""
     shown = Counter(line for lines in env.annotated_lines.values() for line in lines)
@@ -202,6 +188,5 @@ def setup(app):
     app.add_directive("annotated", Annotated)
     app.connect("builder-inited", begin)
     app.connect("env-purge-doc", forget)
-    app.connect("env-merge-info", merge)
     app.connect("env-check-consistency", check_whole)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return {"parallel_read_safe": False}

@@ -1,7 +1,7 @@
 """The smaller parts of the book: exercises, figures that are computed, links to the mistakes, mathematics."""
 
+import html
 import importlib
-import os
 from pathlib import Path
 
 from docutils import nodes
@@ -25,15 +25,12 @@ class Exercise(SphinxDirective):
     has_content = True
 
     def run(self):
-        lines = list(self.content)
-        if "---" not in lines:
-            logger.warning("an exercise has no line of --- before its answer", location=self.get_location())
-            return []
-        border = lines.index("---")
-        question = self.parse_text_to_nodes("\n".join(lines[:border]), offset=self.content_offset)
-        answer = self.parse_text_to_nodes(
-            "\n".join(lines[border + 1 :]), offset=self.content_offset + border + 1
-        )
+        question, _, answer = "\n".join(self.content).partition("\n---\n")
+        if not (question.strip() and answer.strip()):
+            logger.warning("an exercise is a question, a line of ---, an answer", location=self.get_location())
+        below = self.content_offset + question.count("\n") + 2
+        question = self.parse_text_to_nodes(question, offset=self.content_offset)
+        answer = self.parse_text_to_nodes(answer, offset=below)
         box = nodes.container("", nodes.paragraph("", "Exercise", classes=["exercise-title"]), *question)
         box["classes"] = ["exercise"]
         box += nodes.raw("", "<details><summary>Answer</summary>", format="html")
@@ -52,7 +49,6 @@ class ComputedFigure(SphinxDirective):
     def run(self):
         import matplotlib
 
-        matplotlib.use("svg")
         matplotlib.set_loglevel("error")  # it tells of fonts that it finds
         name = self.arguments[0]
         room, _, function = name.partition(".")
@@ -63,11 +59,12 @@ class ComputedFigure(SphinxDirective):
             return []
         if "alt" not in self.options:
             logger.warning("the figure %s has no :alt:", name, location=self.get_location())
+        self.env.note_reread()  # what is drawn stands beside the pages, not in Sphinx's memory of them
         images = Path(self.env.app.outdir) / "_images"
         images.mkdir(parents=True, exist_ok=True)
         drawn.savefig(images / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
         up = "../" * self.env.docname.count("/")
-        alt = nodes.unescape(self.options.get("alt", "")).replace('"', "&quot;")
+        alt = html.escape(nodes.unescape(self.options.get("alt", "")))
         picture = f"{up}_images/{name}.svg"
         figure = nodes.figure()
         figure += nodes.raw("", f'<a href="{picture}"><img src="{picture}" alt="{alt}"></a>', format="html")
@@ -124,7 +121,6 @@ def accessible(app, pagename, templatename, context, doctree):
 
 
 def setup(app):
-    os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[2]))  # for the notebook's kernel
     app.add_directive("exercise", Exercise)
     app.add_directive("computed-figure", ComputedFigure)
     app.add_role("mistake", mistake_role)
@@ -132,4 +128,4 @@ def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.connect("doctree-read", label_mistakes)
     app.connect("html-page-context", accessible, priority=900)  # after furo
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return {"parallel_read_safe": False}

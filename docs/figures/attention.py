@@ -1,13 +1,10 @@
 """Figures of the chapter on attention."""
 
-import matplotlib.pyplot as plt
 import numpy as np
+from figures.common import BLUE, ORANGE, dotted, subplots, traced
 
-from picogpt import load_encoder_hparams_and_params
 from picogpt.model import softmax
-from picogpt.trace import run_with_trace
 
-LINE = "O Romeo, Romeo! wherefore art thou Romeo?"
 N_KEYS = 16
 
 
@@ -21,9 +18,9 @@ def scale():
         scores = np.vecdot(q, k)  # [2000, N_KEYS]
         largest["q k"].append(softmax(scores).max(axis=-1).mean())
         largest["q k / √d"].append(softmax(scores / d**0.5).max(axis=-1).mean())
-    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-    axis.plot(widths, largest["q k"], "s--", color="#c4500a", label="softmax of q·k")
-    axis.plot(widths, largest["q k / √d"], "o-", color="#0b5fa5", label="softmax of q·k / √d")
+    figure, axis = subplots(3)
+    axis.plot(widths, largest["q k"], "s--", color=ORANGE, label="softmax of q·k")
+    axis.plot(widths, largest["q k / √d"], "o-", color=BLUE, label="softmax of q·k / √d")
     axis.axhline(1 / N_KEYS, color="0.6", linewidth=0.8)
     axis.text(widths[-1], 1 / N_KEYS, "an even average", fontsize=9, ha="right", va="bottom", color="0.3")
     axis.set_xscale("log", base=2, nonpositive="clip")
@@ -35,16 +32,13 @@ def scale():
 
 def pattern():
     """The pattern of head 1 of block 0: who looks at whom, in what measure."""
-    encoder, hparams, params = load_encoder_hparams_and_params("shakespeare")
-    ids = encoder.encode(LINE)
-    _, trace = run_with_trace(ids, params, hparams["n_head"])
+    ids, _, trace = traced()
     pattern = trace["blocks.0.attn.hook_pattern"][1]
-    tokens = [encoder.decode([id]).replace(" ", "·") for id in ids]
-    figure, axis = plt.subplots(figsize=(7, 5.6), layout="constrained")
+    figure, axis = subplots(5.6)
     image = axis.imshow(pattern, cmap="cividis", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, label="weight", shrink=0.8)
-    axis.set_xticks(range(len(ids)), tokens, rotation=60)
-    axis.set_yticks(range(len(ids)), tokens)
+    axis.set_xticks(range(len(ids)), dotted(ids), rotation=60)
+    axis.set_yticks(range(len(ids)), dotted(ids))
     axis.set(xlabel="key: the token that is looked at", ylabel="query: the token that looks")
     for i, j in np.argwhere(pattern >= 0.2):
         colour = "black" if pattern[i, j] > 0.6 else "white"

@@ -1,9 +1,7 @@
 """Figures of docs/book/cache.md: multiplications, counted as the model runs; what a packed batch computes."""
 
 import numpy as np
-from figures.choosing import BLUE, GREY, ORANGE, STYLE, model
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from figures.common import BLUE, GREY, ORANGE, model, named, styled, subplots
 
 from picogpt import gpt2
 from picogpt.cache import KVCache, packed, with_attend
@@ -39,7 +37,7 @@ def count(params, ids, **options):
 
 def decode(params, lengths):
     """Multiplications of the step after texts of these lengths: all rows, the last row's logits, and cached."""
-    caches = [KVCache(256) for _ in params["blocks"]]
+    caches = [KVCache(lengths[-1]) for _ in params["blocks"]]
     remembering, seen, counts = with_attend(params, caches), 0, []
     for n in lengths:
         ids = np.arange(n)
@@ -51,14 +49,14 @@ def decode(params, lengths):
     return np.array(counts)
 
 
-@rc_context(STYLE)
+@styled
 def work():
+    """What the next token costs, by the length of the text: with a cache, and in two ways without."""
     params = tree_map(lambda weight: weight.view(Counted), model()[2])
-    lengths = np.arange(16, 257, 16)
+    lengths = np.arange(16, model()[1]["n_ctx"] + 1, 16)
     with limited_to(1):
         counts = decode(params, lengths)
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = subplots(3.4)
     rows = ("everything anew, all logits", "everything anew, one row of logits", "with a cache")
     for label, column, colour, place in zip(
         rows, counts.T / 1e6, (GREY, ORANGE, BLUE), (6, -22, 6), strict=True
@@ -66,7 +64,7 @@ def work():
         axis.plot(lengths, column, color=colour, linewidth=2)
         where = {"ha": "right", "va": "bottom" if place > 0 else "top"}
         text = f"{label}: {column[-1]:,.1f}"
-        axis.annotate(text, (256, column[-1]), (0, place), textcoords="offset points", **where)
+        axis.annotate(text, (lengths[-1], column[-1]), (0, place), textcoords="offset points", **where)
     axis.set_yscale("log")
     axis.set(
         xlim=(0, 260),
@@ -77,8 +75,9 @@ def work():
     return figure
 
 
-@rc_context(STYLE)
+@styled
 def batch():
+    """The patterns of three texts in one packed batch: no text looks at another."""
     encoder, hparams, params = model()
     texts = [encoder.encode(text) for text in ("Good morrow, my lord.", "What news?", "O Romeo, Romeo!")]
     lengths = [len(ids) for ids in texts]
@@ -102,10 +101,9 @@ def batch():
         stop = start + len(pattern)
         canvas[start:stop, start:stop] = np.where(np.tri(len(pattern)), pattern, np.nan)
         start = stop
-    figure = Figure(figsize=(7, 5.2), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = subplots(5.2)
     image = axis.imshow(canvas, cmap="cividis", vmin=0, vmax=1)
-    labels = [repr(encoder.decode([i])) for ids in texts for i in ids]
+    labels = named(np.concatenate(texts))
     axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=9)
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     axis.set(xlabel="key", ylabel="query")

@@ -3,39 +3,28 @@
 import functools
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from figures.common import BLUE, GREY, ORANGE, model, named, styled, subplots
 
-from picogpt import gpt2, load_encoder_hparams_and_params
+from picogpt import gpt2
 from picogpt.sampling import draw, probabilities
 
-BLUE, ORANGE, GREY = "#0b5fa5", "#c4500a", "#b8b8b8"
 SURE, UNSURE = "KING HENRY:\nMy", "Friends, Romans,"
-STYLE = {"font.size": 9.5, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False}
-
-
-@functools.cache
-def model():
-    return load_encoder_hparams_and_params("shakespeare")
 
 
 @functools.cache
 def next_logits(text):
+    """The logits of the token after a text."""
     encoder, hparams, params = model()
     ids = encoder.encode(text)
     return gpt2(ids, **params, n_head=hparams["n_head"], logits_to_keep=slice(-1, None))[0]
 
 
-def named(ids):
-    return [repr(model()[0].decode([i])) for i in ids]
-
-
-@rc_context(STYLE)
+@styled
 def temperatures():
+    """The ten likeliest next tokens at three temperatures."""
     logits = next_logits(SURE)
     likeliest = np.argsort(-logits)[:10]
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots(1, 3, sharex=True, sharey=True)
+    figure, axes = subplots(3, 1, 3, sharex=True, sharey=True)
     for axis, temperature in zip(axes, (0.5, 1.0, 2.0), strict=True):
         p = probabilities(logits, temperature)
         axis.barh(range(10), p[likeliest], color=BLUE)
@@ -51,10 +40,10 @@ def temperatures():
     return figure
 
 
-@rc_context(STYLE)
+@styled
 def cuts():
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    """Which tokens top_k and top_p keep where the model is sure, and where it is not."""
+    figure, axes = subplots(4.4, 2, 2, sharex=True, sharey="row")
     settings = ({"top_k": 10}, {"top_p": 0.7})
     for row, text in zip(axes, (SURE, UNSURE), strict=True):
         p = probabilities(next_logits(text))
@@ -63,14 +52,8 @@ def cuts():
             kept = probabilities(next_logits(text), **setting) > 0
             shown = falling[:80]
             axis.bar(range(80), p[shown], width=0.9, color=np.where(kept[shown], BLUE, GREY))
-            axis.text(
-                0.97,
-                0.93,
-                f"{kept.sum()} of {len(p):,} tokens stay,\nwhich hold {p[kept].sum():.3f}",
-                transform=axis.transAxes,
-                ha="right",
-                va="top",
-            )
+            label = f"{kept.sum()} of {len(p):,} tokens stay,\nwhich hold {p[kept].sum():.3f}"
+            axis.text(0.97, 0.93, label, transform=axis.transAxes, ha="right", va="top")
         row[0].set_ylabel(f"after {text!r}")
     for axis, setting in zip(axes[0], settings, strict=True):
         axis.set_title(", ".join(f"{name} = {value}" for name, value in setting.items()))
@@ -78,13 +61,13 @@ def cuts():
     return figure
 
 
-@rc_context(STYLE)
+@styled
 def running_sum():
+    """How a number between 0 and 1 becomes an id: where the running sum of the probabilities passes it."""
     p = probabilities(next_logits(SURE), top_p=0.9)
     u = 0.5
     chosen, running = draw(p, u), np.cumsum(p)
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = subplots(3)
     axis.step(range(len(p)), running, where="post", color=BLUE)
     axis.hlines(u * running[-1], 0, chosen, color=ORANGE, linestyle="--")
     axis.vlines(chosen, 0, u * running[-1], color=ORANGE, linestyle="--")

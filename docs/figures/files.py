@@ -4,21 +4,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from figures.common import BLUE, ORANGE
 from matplotlib.figure import Figure
 
 from picogpt.leveldb_table import varint
 from picogpt.model_dirs import find_model_dir
 from picogpt.tensor_bundle import read_index, write_bundle
 
-INK, GREY, WHITE = "#1a1a1a", "#555555", "#ffffff"
+INK, FAINT, WHITE = "#1a1a1a", "#555555", "#ffffff"
 COLOURS = {  # fill and text, told apart by lightness too
     "lengths of key and value": ("#d9d9d9", INK),
     "key": ("#fbd9bd", INK),
     "header": ("#8c6d9e", WHITE),
     "type and shape": ("#bcd9f2", INK),
-    "where the tensor lies": ("#0b5fa5", WHITE),
+    "where the tensor lies": (BLUE, WHITE),
     "checksum": ("#ffe98a", INK),
-    "where a block lies": ("#c4500a", WHITE),
+    "where a block lies": (ORANGE, WHITE),
     "restart points, compression": ("#f2f2f2", INK),
     "zeros, magic number": (WHITE, INK),
 }
@@ -34,8 +35,9 @@ def index_bytes():
         prefix = Path(folder, "model.ckpt")
         write_bundle(prefix, {name: tensor.astype(np.float32) for name, tensor in tensors.items()})
         index = Path(f"{prefix}.index").read_bytes()
-        figure = Figure(figsize=(5.6, 5))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(-1.2, 16.1), ylim=(15.3, -0.9))
+    n_rows = (len(index) + 15) // 16
+    figure = Figure(figsize=(5.6, 5))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-1.2, 16.1), ylim=(n_rows + 5.3, -0.9))
     axes.set_axis_off()
     for start, stop, meaning in _fields(index):
         fill, ink = COLOURS[meaning]
@@ -45,11 +47,11 @@ def index_bytes():
             for at in range(first, last):
                 axes.text(at % 16 + 0.5, row + 0.45, f"{index[at]:02x}", color=ink, **_mono)
     for column in range(16):
-        axes.text(column + 0.5, -0.4, f"{column:x}", color=GREY, **_mono)
-    for row in range((len(index) + 15) // 16):
-        axes.text(-0.6, row + 0.45, f"{16 * row:02x}", color=GREY, **_mono)
+        axes.text(column + 0.5, -0.4, f"{column:x}", color=FAINT, **_mono)
+    for row in range(n_rows):
+        axes.text(-0.6, row + 0.45, f"{16 * row:02x}", color=FAINT, **_mono)
     for i, (meaning, (fill, _)) in enumerate(COLOURS.items()):
-        x, y = 8.6 * (i // 5) - 0.9, 10.6 + 0.95 * (i % 5)
+        x, y = 8.6 * (i // 5) - 0.9, n_rows + 0.6 + 0.95 * (i % 5)
         axes.broken_barh([(x, 0.8)], (y, 0.6), facecolor=fill, **_edge)
         axes.text(x + 1.1, y + 0.32, meaning, fontsize=11, va="center")
     return figure
@@ -71,6 +73,7 @@ def _fields(index):
 
 
 def _block(index, start, size):
+    """The fields of a block: its entries, their restart points, a checksum."""
     entries_end = start + size - 4 - 4 * int.from_bytes(index[start + size - 4 : start + size], "little")
     fields, at = [], start
     while at < entries_end:
@@ -88,6 +91,7 @@ def _block(index, start, size):
 
 
 def _value(index, at, end):
+    """The fields of what an entry says: of a block, of the whole file, or of a tensor."""
     if index[at] != 0x08:
         return [(at, end, "where a block lies")]
     if index[at + 2] == 0x1A:
@@ -110,12 +114,7 @@ def data_map():
         rows.setdefault(row, []).append(("/".join(rest) if row == part else name[6:], entry))
     figure = Figure(figsize=(5.6, 4.4))
     axes = figure.add_axes((0.13, 0.13, 0.86, 0.86))
-    shades = {
-        "attn": ("#0b5fa5", WHITE),
-        "mlp": ("#c4500a", WHITE),
-        "wpe": ("#bcd9f2", INK),
-        "wte": ("#fbd9bd", INK),
-    }
+    shades = {"attn": (BLUE, WHITE), "mlp": (ORANGE, WHITE), "wpe": ("#bcd9f2", INK), "wte": ("#fbd9bd", INK)}
     for y, tensors in enumerate(rows.values()):
         begin = tensors[0][1].offset
         for name, entry in tensors:
@@ -128,10 +127,10 @@ def data_map():
                 label, upright = name.replace("/", "/\n", 1), width < 0.3 and "/" in name
                 how = {"rotation": 90, "fontsize": 9} if upright else {"fontsize": 10}
                 axes.text(x + width / 2, y, label, color=ink, ha="center", va="center", **how)
-        axes.text(0, y - 0.39, f"from byte {begin:,}", fontsize=10, va="bottom", color=GREY)
+        axes.text(0, y - 0.39, f"from byte {begin:,}", fontsize=10, va="bottom", color=FAINT)
     axes.set_yticks(range(len(rows)), rows, fontsize=10)
     axes.set_ylim(len(rows) - 0.5, -0.75)
-    axes.set_xlim(0, 3.2)
+    axes.set_xlim(0, 1.01 * axes.dataLim.xmax)
     axes.set_xlabel("megabytes", fontsize=10)
     axes.tick_params(labelsize=10, left=False)
     axes.spines[["top", "right", "left"]].set_visible(False)

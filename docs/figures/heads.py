@@ -1,21 +1,15 @@
 """Figure of the chapter on heads."""
 
-import matplotlib.pyplot as plt
+from figures.common import model, subplots, traced
 from matplotlib.colors import PowerNorm
-
-from picogpt import load_encoder_hparams_and_params
-from picogpt.trace import run_with_trace
-
-LINE = "O Romeo, Romeo! wherefore art thou Romeo?"
 
 
 def patterns():
     """Every pattern of every block; a square root makes the small weights visible."""
-    encoder, hparams, params = load_encoder_hparams_and_params("shakespeare")
-    ids = encoder.encode(LINE)
-    _, trace = run_with_trace(ids, params, hparams["n_head"])
-    n_layer, n_head = len(params["blocks"]), hparams["n_head"]
-    figure, axes = plt.subplots(n_layer, n_head, figsize=(7, 5.2), layout="constrained")
+    encoder, hparams, _ = model()
+    ids, _, trace = traced()
+    n_layer, n_head = hparams["n_layer"], hparams["n_head"]
+    figure, axes = subplots(5.2, n_layer, n_head)
     for i in range(n_layer):
         for head in range(n_head):
             image = axes[i, head].imshow(

@@ -2,22 +2,24 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
+from figures.common import BLUE, ORANGE, model, subplots
 from matplotlib.colors import ListedColormap
+from matplotlib.patches import Rectangle
 
 from picogpt import get_encoder
 
 SHAKESPEARE = Path(__file__).parents[2] / "data" / "tinyshakespeare.txt"
 PIECE = " countrymen"
-BLUE, ORANGE = "#0b5fa5", "#c4500a"
 
 
 def tree():
     """The merges of one piece: bytes below, tokens above, each merge at a height of its own, with its rank."""
     (piece,) = get_encoder().explain(PIECE)
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, axis = subplots(3.6)
     axis.axis("off")
+    edge = len(piece.symbols) + 1.1
+    box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": BLUE}
     nodes = {i: (i, 0) for i in range(len(piece.symbols))}  # where the symbol that begins at byte i is drawn
     for i, symbol in enumerate(piece.symbols):
         axis.text(i, -0.25, symbol, family="monospace", fontsize=13, ha="center", va="top")
@@ -26,37 +28,26 @@ def tree():
         middle = (x + other) / 2
         axis.plot([x, x, other, other], [y, height, height, below], color="0.45", linewidth=1.2, zorder=1)
         nodes[start] = middle, height
-        box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": BLUE}
         axis.text(
-            middle,
-            height,
-            f"{left}{right}",
-            family="monospace",
-            fontsize=10,
-            ha="center",
-            va="center",
-            bbox=box,
+            middle, height, left + right, bbox=box, family="monospace", fontsize=10, ha="center", va="center"
         )
-        axis.text(
-            len(piece.symbols) + 1.1, height, f"{rank:,}", fontsize=10, color=ORANGE, ha="right", va="center"
-        )
+        axis.text(edge, height, f"{rank:,}", fontsize=10, color=ORANGE, ha="right", va="center")
     for i, token in zip(sorted(nodes), piece.ids, strict=True):
         x, y = nodes[i]
         axis.text(x, y + 0.45, f"id {token}", fontsize=10, weight="bold", color=BLUE, ha="center", va="bottom")
-    axis.text(len(piece.symbols) + 1.1, len(piece.merges) + 0.7, "rank", fontsize=10, color=ORANGE, ha="right")
-    axis.set(xlim=(-0.7, len(piece.symbols) + 1.2), ylim=(-1, len(piece.merges) + 1.4))
+    axis.text(edge, len(piece.merges) + 0.7, "rank", fontsize=10, color=ORANGE, ha="right")
+    axis.set(xlim=(-0.7, edge + 0.1), ylim=(-1, len(piece.merges) + 1.4))
     return figure
 
 
 def growth():
     """How many bytes of Shakespeare (100,000 in all) a token stands for, as the list of merges grows."""
     text = SHAKESPEARE.read_text(encoding="utf-8")[:100_000]
-    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-    for name, directory, colour, style in (
-        ("GPT-2's list", None, BLUE, "-"),
-        ("the list of models/shakespeare", "shakespeare", ORANGE, "--"),
+    figure, axis = subplots(3)
+    for name, encoder, colour, style in (
+        ("GPT-2's list", get_encoder(), BLUE, "-"),
+        ("the list of models/shakespeare", model()[0], ORANGE, "--"),
     ):
-        encoder = get_encoder(directory and SHAKESPEARE.parents[1] / "models" / directory)
         # In a list that was learned, ranks only rise from merge to merge: what the first k make of a piece
         # is what all of them make of it, up to rank k. So one run tells the whole curve.
         ranks = np.sort([merge.rank for piece in encoder.explain(text) for merge in piece.merges])
@@ -77,12 +68,12 @@ def numbers():
     encoder = get_encoder()
     cuts = ["+".join(str(len(encoder.decode([i]))) for i in encoder.encode(str(n))) for n in range(1000, 10000)]
     kinds = {"4": "one token", "2+2": "2+2 digits", "1+3": "1+3", "3+1": "3+1", "1+2+1": "1+2+1"}
-    colours = ["#000000", "#cfe2f3", "#0b5fa5", "#f2a65a", "#c4500a"]
+    colours = ["#000000", "#cfe2f3", BLUE, "#f2a65a", ORANGE]
     grid = np.array([list(kinds).index(cut) for cut in cuts]).reshape(90, 100)
-    figure, axis = plt.subplots(figsize=(7, 5.6), layout="constrained")
+    figure, axis = subplots(5.6)
     axis.imshow(grid, cmap=ListedColormap(colours), extent=(0, 100, 100, 10), interpolation="nearest")
     axis.set(xlabel="last two digits", ylabel="first two digits", yticks=range(10, 101, 10))
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
     labels = [f"{name}: {cuts.count(cut):,}" for cut, name in kinds.items()]
     figure.legend(
         handles, labels, loc="outside upper center", ncols=5, fontsize=9, frameon=False, handlelength=1

@@ -1,6 +1,7 @@
 """The figure of the chapter on text."""
 
 import regex
+from figures.common import BLUE, ORANGE
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -11,9 +12,9 @@ I'll say it 1000 times...
     (parting is sweet)"""
 KINDS = {  # how an alternative of the pattern begins: its name, the colours of box and writing
     r" ?\p{L}": ("letters", "#cfe2f3", "black"),
-    r" ?\p{N}": ("numbers", "#0b5fa5", "white"),
+    r" ?\p{N}": ("numbers", BLUE, "white"),
     " ?[^": ("the rest", "#f7d38b", "black"),
-    "'": ("an ending", "#c4500a", "white"),
+    "'": ("an ending", ORANGE, "white"),
     r"\s": ("white space", "#c8c8c8", "black"),
 }
 
@@ -43,15 +44,9 @@ def pieces(text):
 
 
 def _box(axes, column, line, text, kind):
+    """Write a text in a box of its kind's colours, a character a column, what is white made visible."""
     _, colour, writing = kind
+    how = {"color": writing, "family": "monospace", "ha": "center", "va": "center_baseline"}
     axes.add_patch(Rectangle((column + 0.05, line), len(text) - 0.1, 0.82, color=colour, linewidth=0))
     for i, character in enumerate(text.replace(" ", "·").replace("\n", "↵")):
-        axes.text(
-            column + i + 0.5,
-            line + 0.42,
-            character,
-            color=writing,
-            family="monospace",
-            ha="center",
-            va="center_baseline",
-        )
+        axes.text(column + i + 0.5, line + 0.42, character, **how)
