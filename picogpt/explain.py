@@ -91,7 +91,7 @@ def explain(
     scales = [scale for hook, scale in trace.items() if hook.endswith("hook_scale")]
     if not all(np.isfinite(numbers).all() for numbers in (logits, lens["probabilities"], *scales)):
         raise ExplainError("the model computed NaN or infinity: its weights are damaged; fetch them again")
-    names = [*EMBEDDINGS, *blocks_of(range(hparams["n_layer"]), STREAM)]
+    names = stream_of(range(hparams["n_layer"]))
     named = {*ids, *likeliest(logits[-1], LOGITS), *np.unique(lens["ids"]).tolist()}
     data: dict[str, Any] = {"format": FORMAT, "picogpt": __version__, "model": name, "hparams": {**hparams}}
     data |= {"text": text, "ids": ids}
@@ -111,9 +111,9 @@ def explain(
     return data
 
 
-def blocks_of(layers: Iterable[int], hooks: Iterable[str]) -> list[str]:
-    """The names of these intermediates in these layers."""
-    return [f"blocks.{i}.{hook}" for i in layers for hook in hooks]
+def stream_of(layers: Iterable[int]) -> list[str]:
+    """The names of the embeddings, and of the residual stream and what is added to it in these layers."""
+    return [*EMBEDDINGS, *(f"blocks.{i}.{hook}" for i in layers for hook in STREAM)]
 
 
 def token_text(i: int, encoder: Encoder | None) -> str:
@@ -191,7 +191,7 @@ def sample(trace: Trace, hparams: Mapping[str, int], room: int) -> dict[str, Any
     as many columns as then fit. What is shown of layers, heads and columns is evenly spaced.
     """
     n_seq = len(trace["hook_embed"])
-    whole = [*EMBEDDINGS, *blocks_of(range(hparams["n_layer"]), STREAM)]
+    whole = stream_of(range(hparams["n_layer"]))
     largest = max(np.abs(trace[hook]).max() for hook in whole)
     dtype = np.dtype(np.float16 if largest <= np.finfo(np.float16).max else np.float32)
     numbers = room * 3 // 4 // dtype.itemsize  # base64 takes 4 characters for 3 bytes
@@ -200,10 +200,10 @@ def sample(trace: Trace, hparams: Mapping[str, int], room: int) -> dict[str, Any
     n_heads = min(n_head, max(1, patterns // min(n_layer, LEAST_LAYERS)))
     layers = spread(n_layer, max(LEAST_LAYERS, patterns // n_heads))
     heads = spread(n_head, n_heads)
-    names = [*EMBEDDINGS, *blocks_of(layers, STREAM)]
+    names = stream_of(layers)
     left = numbers - len(layers) * len(heads) * n_seq**2
     columns = spread(n_embd, max(LEAST_COLUMNS, left // (len(names) * n_seq)))
-    arrays = {hook: trace[hook][heads] for hook in blocks_of(layers, ("attn.hook_pattern",))}
+    arrays = {hook: trace[hook][heads] for hook in (f"blocks.{i}.attn.hook_pattern" for i in layers)}
     arrays |= {hook: trace[hook][:, columns] for hook in names}
     shown = {"layers": (layers, n_layer), "heads": (heads, n_head), "columns": (columns, n_embd)}
     less = [f"{len(some)} of {n} {what}" for what, (some, n) in shown.items() if len(some) < n]

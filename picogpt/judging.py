@@ -14,13 +14,11 @@ import numpy as np
 
 from picogpt import PicogptError
 from picogpt.matching import Match, placed, shown
+from picogpt.names import CENTRED
 from picogpt.noise import HALVES, last_place, projection, rounded, total
 from picogpt.recording import Recording
 
 SHOWN = 5  # numbers side by side
-# A constant added to a row of these is seen by no layer norm and no softmax.
-STREAM = {"hook_embed", "hook_pos_embed", "hook_attn_out", "hook_mlp_out", "logits"}
-STREAM |= {f"hook_resid_{place}" for place in ("pre", "mid", "post")}
 # What is computed from the output of a layer norm.
 READERS = {"ln1.hook_out": "attn.hook_q", "ln2.hook_out": "mlp.hook_pre", "ln_final.hook_out": "logits"}
 
@@ -185,7 +183,7 @@ class Reference:
             match.name, match.theirs, list(x.shape), errors[worst], bands[worst], [], mine, [], [*match.said]
         )
         row.where = [list(truth)[worst]]
-        if not row.equal and match.name.endswith(tuple(STREAM)) and _is_centred(x):
+        if not row.equal and match.name.endswith(CENTRED) and _is_centred(x):
             raise JudgingError(
                 f"{match.theirs} is centred: only a tiny or full reference can tell if it is right"
             )
@@ -310,7 +308,7 @@ def excuses(name: str, mine, truth, band: float) -> Iterator[Excuse]:
     """
     off, hook = difference(mine, truth), name.rpartition(".")[2]
     processed = band + last_place(truth)
-    if hook in STREAM and mine.shape[-1] > 1:
+    if hook in CENTRED and mine.shape[-1] > 1:
         constant = off.mean(axis=-1, keepdims=True)
         error = np.abs(off - constant).max()
         # A constant so large that float32 loses the rest beside it makes everything equal.

@@ -74,6 +74,18 @@ AFTER = (
     Name("logits", "n_seq, n_vocab", "out wte^T: how likely each token comes next", "lm_head", "logits"),
 )
 
+# A constant added to a row of these is seen by no layer norm and no softmax: some programs centre them.
+CENTRED = (
+    "hook_embed",
+    "hook_pos_embed",
+    "hook_resid_pre",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "hook_mlp_out",
+    "hook_resid_post",
+    "logits",
+)
+
 
 def names(n_layer: int) -> Iterator[Name]:
     """Every intermediate of a model of `n_layer` layers, in order of computation."""

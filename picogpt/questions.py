@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from picogpt import PicogptError
+from picogpt.command import count
 from picogpt.encoder import Encoder
 from picogpt.model import gpt2
 from picogpt.noise import noise_bands
@@ -243,9 +244,9 @@ def _few_digits(x: Any, band: float) -> str:
         leading = 10.0 ** np.floor(np.log10(largest))
         for n in range(7):  # a unit in the last place that is less than the band does no harm
             if 10.0**-n > band and all(float(f"{v:.{n}f}") == v for v in x.flat):
-                return f"{n} decimal{'s' * (n != 1)}"
+                return count(n, "decimal")
             if 10.0**-n * leading > band and all(float(f"{v:.{n}e}") == v for v in x.flat):
-                return f"{n + 1} digit{'s' * (n != 0)}"
+                return count(n + 1, "digit")
     return ""
 
 

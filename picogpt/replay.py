@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from picogpt.model import gpt2, with_taps
-from picogpt.names import HEADS, SCORES, names
+from picogpt.names import CENTRED, HEADS, SCORES, names
 from picogpt.noise import Serial, headroom, rounded
 from picogpt.trace import Trace, astype, tree_map
 
@@ -20,7 +20,6 @@ MASKED = -9e3  # the masks of others: -1e4 in half precision, -1e10 in OpenAI's 
 NORMS = {"ln1": "ln_1", "ln2": "ln_2", "ln_final": "ln_f"}
 QKV = "attn.hook_q attn.hook_k attn.hook_v"
 STREAM = "hook_resid_pre hook_resid_mid hook_resid_post"
-CENTRED = ("hook_embed", "hook_pos_embed", "hook_attn_out", "hook_mlp_out", "logits", *STREAM.split())
 READS = {  # what each operation of a block is made of; before: of the block before
     "hook_resid_pre": ("before",),
     "ln1.hook_scale": ("hook_resid_pre",),

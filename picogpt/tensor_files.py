@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from picogpt import PicogptError
+from picogpt.command import count
 from picogpt.hugging_face import read_safetensors_header
 from picogpt.tensor_bundle import CheckpointError, Entry, file_size, new_file, read_small_file, reading
 
@@ -216,7 +217,7 @@ def _rows(shape: list[int], n_bytes: int) -> str:
     if not counts or not width or n_bytes % (4 * width):
         return ""
     rows = n_bytes // (4 * width)
-    return f" ({rows} row{'s' * (rows != 1)} of {width}, not {math.prod(counts)})"
+    return f" ({count(rows, 'row')} of {width}, not {math.prod(counts)})"
 
 
 def _is_described(info: Any) -> bool:

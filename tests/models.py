@@ -3,6 +3,9 @@
 What the tests expect does not come from picogpt: it would share its mistakes.
 """
 
+import base64
+import json
+
 import numpy as np
 import pytest
 
@@ -135,3 +138,33 @@ def intermediates(params, ids, n_head):
 
 def close(found, expected, tolerance, name=""):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance, err_msg=name)
+
+
+def nano_sort_params(assets):
+    """minGPT's nano model, which sorts six digits (bbycroft/llm-viz): the article's tree of its weights."""
+    arrays = np.load(assets / "small-models" / "nano-sort" / "gpt2_layout.npz")
+
+    def leaves(path, weight):
+        return {weight: arrays[f"{path}.weight"], "b": arrays[f"{path}.bias"]}
+
+    def block(path):
+        return {
+            "ln_1": leaves(f"{path}.ln_1", "g"),
+            "attn": {name: leaves(f"{path}.attn.{name}", "w") for name in ("c_attn", "c_proj")},
+            "ln_2": leaves(f"{path}.ln_2", "g"),
+            "mlp": {name: leaves(f"{path}.mlp.{name}", "w") for name in ("c_fc", "c_proj")},
+        }
+
+    tables = {name: arrays[f"{name}.weight"] for name in ("wte", "wpe", "lm_head")}
+    return {**tables, "blocks": [block(f"h.{i}") for i in range(3)], "ln_f": leaves("ln_f", "g")}
+
+
+def nano_sort_recorded(assets):
+    """Its configuration, and what PyTorch computed on three inputs: name -> float32 array."""
+    file = assets / "small-models" / "nano-sort" / "gpt-nano-sort-t0-partials.json"
+    entries = json.loads(file.read_text())
+    config = entries.pop("config")
+    return config, {
+        name: np.frombuffer(base64.b64decode(entry["data"]), "<f4").reshape(entry["shape"])
+        for name, entry in entries.items()
+    }

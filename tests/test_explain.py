@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import SMALL, random_ids, random_params, transformers_model
+from models import SMALL, nano_sort_recorded, random_ids, random_params, transformers_model
 from picogpt import explain as room
 from picogpt.checkpoint import load_encoder_hparams_and_params, load_hparams_and_params, save_checkpoint
 from picogpt.encoder import SYMBOL_OF_BYTE, Encoder, get_encoder, to_symbols
@@ -213,12 +213,7 @@ class TestNanoSort:
 
     @pytest.mark.parametrize("row", range(3))
     def test_the_page_has_the_published_activations(self, assets, nano_sort, tmp_path, row):
-        file = assets / "small-models" / "nano-sort" / "gpt-nano-sort-t0-partials.json"
-        published = {
-            name: np.frombuffer(base64.b64decode(entry["data"]), "<f4").reshape(entry["shape"])
-            for name, entry in json.loads(file.read_text()).items()
-            if name != "config"
-        }
+        _, published = nano_sort_recorded(assets)
         ids = published["idx"][row].astype(int).tolist()
         data = made(tmp_path, "--model_size", str(nano_sort), "--ids", *map(str, ids))
         assert (data["tokens"], data["vocab"]) == ([f"#{i}" for i in ids], {"0": "#0", "1": "#1", "2": "#2"})

@@ -1,7 +1,5 @@
 """The forward pass against transformers + torch, and against activations that PyTorch recorded."""
 
-import base64
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,8 @@ from models import (
     SMALL,
     close,
     intermediates,
+    nano_sort_params,
+    nano_sort_recorded,
     random_ids,
     random_params,
     rounding_noise,
@@ -74,36 +74,17 @@ class TestTransformers:
 
 def test_every_recorded_activation_of_the_sorting_model(assets):
     """minGPT's nano model, which sorts six digits, as PyTorch ran it on three inputs (bbycroft/llm-viz)."""
-    folder = assets / "small-models" / "nano-sort"
-    weights = np.load(folder / "gpt2_layout.npz")
-    entries = json.loads((folder / "gpt-nano-sort-t0-partials.json").read_text())
-    assert entries.pop("config")["n_layer"] == 3
-    recorded = {
-        name: np.frombuffer(base64.b64decode(entry["data"]), np.float32).reshape(entry["shape"])
-        for name, entry in entries.items()
-    }
-
-    def leaves(path, weight):
-        return {weight: weights[f"{path}.weight"], "b": weights[f"{path}.bias"]}
-
-    def block(path):
-        return {
-            "ln_1": leaves(f"{path}.ln_1", "g"),
-            "attn": {name: leaves(f"{path}.attn.{name}", "w") for name in ("c_attn", "c_proj")},
-            "ln_2": leaves(f"{path}.ln_2", "g"),
-            "mlp": {name: leaves(f"{path}.mlp.{name}", "w") for name in ("c_fc", "c_proj")},
-        }
-
-    blocks, ln_f = [block(f"h.{i}") for i in range(3)], leaves("ln_f", "g")
-    tables = {name: weights[f"{name}.weight"] for name in ("wte", "wpe", "lm_head")}
+    params = nano_sort_params(assets)
+    config, recorded = nano_sort_recorded(assets)
+    assert config["n_layer"] == 3
     for row, ids in enumerate(recorded["idx"].astype(int)):
-        seen = intermediates({**tables, "blocks": blocks, "ln_f": ln_f}, ids, n_head=3)
+        seen = intermediates(params, ids, n_head=3)
 
         def first(name, seen=seen):
             return seen[f"blocks.0.{name}"]
 
         q, k, v = (first(f"attn.hook_{name}") for name in "qkv")
-        ln_1, ln_2 = blocks[0]["ln_1"], blocks[0]["ln_2"]
+        ln_1, ln_2, ln_f = params["blocks"][0]["ln_1"], params["blocks"][0]["ln_2"], params["ln_f"]
         found = {
             "idx": ids,
             "tok_emb": seen["hook_embed"],

@@ -1,14 +1,20 @@
 """The recorded truth against others' programs: transformers, torch, minGPT's recorded run, TransformerLens."""
 
-import base64
 import functools
-import json
 
 import numpy as np
 import pytest
 from torch_gpt2 import FAULTS, record_transformers, torch, torch_trace
 
-from models import SMALL, astype, random_ids, random_params, transformers_model
+from models import (
+    SMALL,
+    astype,
+    nano_sort_params,
+    nano_sort_recorded,
+    random_ids,
+    random_params,
+    transformers_model,
+)
 from picogpt.checkpoint import load_encoder_hparams_and_params
 from picogpt.compare import compare
 from picogpt.model_dirs import EMBEDDED
@@ -169,14 +175,9 @@ class TestRecordedActivations:
     """minGPT's nano model, which sorts six digits, as PyTorch ran it on three inputs (bbycroft/llm-viz)."""
 
     def test_each_is_within_its_band(self, assets):
-        folder = assets / "small-models" / "nano-sort"
-        entries = json.loads((folder / "gpt-nano-sort-t0-partials.json").read_text())
-        assert entries.pop("config")["n_head"] == 3
-        seen = {
-            name: np.frombuffer(base64.b64decode(entry["data"]), np.float32).reshape(entry["shape"])
-            for name, entry in entries.items()
-        }
-        params = nano_sort(np.load(folder / "gpt2_layout.npz"))
+        config, seen = nano_sort_recorded(assets)
+        assert config["n_head"] == 3
+        params = nano_sort_params(assets)
         for row, ids in enumerate(seen["idx"].astype(int).tolist()):
             recorded = record(ids, params, n_head=3)
             run = {hook: seen[name][row] for name, hook in NANO_SORT_HOOKS.items()}
@@ -184,25 +185,6 @@ class TestRecordedActivations:
             run["hook_pos_embed"] = seen["pos_emb"][0]
             run["blocks.0.attn.hook_z"] = seen["y"][row].reshape(n_seq, 3, n_embd // 3).transpose(1, 0, 2)
             assert_within(run, recorded.tensors, bands(recorded))
-
-
-def nano_sort(arrays):
-    """The tree of the article from arrays named as transformers names them."""
-    leaf_names = {"weight": "w", "bias": "b"}
-
-    def norm(path):
-        return {"g": arrays[f"{path}.weight"], "b": arrays[f"{path}.bias"]}
-
-    def linear(path):
-        return {ours: arrays[f"{path}.{theirs}"] for theirs, ours in leaf_names.items()}
-
-    def block(path):
-        attn = {name: linear(f"{path}.attn.{name}") for name in ("c_attn", "c_proj")}
-        mlp = {name: linear(f"{path}.mlp.{name}") for name in ("c_fc", "c_proj")}
-        return {"ln_1": norm(f"{path}.ln_1"), "attn": attn, "ln_2": norm(f"{path}.ln_2"), "mlp": mlp}
-
-    tables = {name: arrays[f"{name}.weight"] for name in ("wte", "wpe", "lm_head")}
-    return {**tables, "blocks": [block(f"h.{i}") for i in range(3)], "ln_f": norm("ln_f")}
 
 
 class TestTransformerLens:
